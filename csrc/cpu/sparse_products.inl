@@ -1,0 +1,121 @@
+// The kernels behind sparse_products.h, written once as plain loops and compiled once for each instruction set: the
+// including file sets the compiler's target and names SPARSEKERN_ISA. Everything lives in an unnamed namespace, so no
+// function built for one instruction set can be linked in place of another's.
+
+namespace sparsekern {
+namespace {
+
+// Latent rows that are combined while one output row is held: fewer trips of the output through the L1 cache.
+constexpr std::int64_t kUnroll = 4;
+
+template <class T>
+void decode_row(const std::int32_t* index, const T* values, std::int64_t k, const T* weight, std::int64_t weight_stride,
+                const T* bias, T* __restrict out, std::int64_t d) {
+    if (bias)
+        std::memcpy(out, bias, d * sizeof(T));
+    else
+        std::memset(out, 0, d * sizeof(T));
+    std::int64_t j = 0;
+    for (; j + kUnroll <= k; j += kUnroll) {
+        const T* w0 = weight + index[j] * weight_stride;
+        const T* w1 = weight + index[j + 1] * weight_stride;
+        const T* w2 = weight + index[j + 2] * weight_stride;
+        const T* w3 = weight + index[j + 3] * weight_stride;
+        const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
+#pragma omp simd
+        for (std::int64_t c = 0; c < d; ++c) out[c] += (v0 * w0[c] + v1 * w1[c]) + (v2 * w2[c] + v3 * w3[c]);
+    }
+    for (; j < k; ++j) {
+        const T* w = weight + index[j] * weight_stride;
+        const T v = values[j];
+#pragma omp simd
+        for (std::int64_t c = 0; c < d; ++c) out[c] += v * w[c];
+    }
+}
+
+template <class T>
+void sparse_decode(const Codes& codes, const T* values, const T* weight, std::int64_t weight_stride, const T* bias,
+                   T* out, std::int64_t d, int threads) {
+    threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
+    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t b = begin; b < end; ++b)
+            decode_row(codes.index + b * codes.k, values + b * codes.k, codes.k, weight, weight_stride, bias,
+                       out + b * d, d);
+    });
+}
+
+template <class T>
+T dot(const T* a, const T* b, std::int64_t d) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t c = 0; c < d; ++c) sum += a[c] * b[c];
+    return sum;
+}
+
+template <class T>
+void gather_dot(const Codes& codes, const T* weight, std::int64_t weight_stride, const T* grad,
+                std::int64_t grad_stride, T* out, std::int64_t d, int threads) {
+    threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
+    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t b = begin; b < end; ++b)
+            for (std::int64_t s = b * codes.k; s < (b + 1) * codes.k; ++s)
+                out[s] = dot(weight + codes.index[s] * weight_stride, grad + b * grad_stride, d);
+    });
+}
+
+template <class T>
+void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int64_t grad_stride, T* out,
+                   std::int64_t d, int threads) {
+    // Counting sort of the slots by latent (compressed columns): slots of latent i are order[start[i]..start[i + 1]),
+    // ascending, so that each output row is summed by one thread in a fixed order.
+    const std::int64_t slots = codes.rows * codes.k;
+    std::vector<std::int64_t> start(codes.d_sae + 1, 0);
+    for (std::int64_t s = 0; s < slots; ++s) ++start[codes.index[s] + 1];
+    for (std::int64_t i = 0; i < codes.d_sae; ++i) start[i + 1] += start[i];
+    std::vector<std::int64_t> order(slots), next(start.begin(), start.end() - 1);
+    for (std::int64_t s = 0; s < slots; ++s) order[next[codes.index[s]]++] = s;
+
+    threads = useful_threads(2.0 * slots * d + 0.25 * codes.d_sae * d, threads);
+    // Parts hold equal shares of the slots plus rows, not of the rows alone: frequencies are far from even.
+    const auto latent_at = [&](std::int64_t share) {
+        std::int64_t low = 0, high = codes.d_sae;
+        while (low < high) {
+            const std::int64_t middle = (low + high) / 2;
+            if (start[middle] + middle < share) low = middle + 1; else high = middle;
+        }
+        return low;
+    };
+    parallel_for(slots + codes.d_sae, threads, [&](std::int64_t begin, std::int64_t end, int) {
+        const std::int64_t last = end == slots + codes.d_sae ? codes.d_sae : latent_at(end);
+        for (std::int64_t i = latent_at(begin); i < last; ++i) {
+            T* __restrict row = out + i * d;
+            std::memset(row, 0, d * sizeof(T));
+            for (std::int64_t p = start[i]; p < start[i + 1]; ++p) {
+                const T v = values[order[p]];
+                const T* g = grad + order[p] / codes.k * grad_stride;
+#pragma omp simd
+                for (std::int64_t c = 0; c < d; ++c) row[c] += v * g[c];
+            }
+        }
+    });
+}
+
+template <class T>
+const SparseProducts<T>* table() {
+    static const SparseProducts<T> products = {sparse_decode<T>, gather_dot<T>, scatter_outer<T>};
+    return &products;
+}
+
+}  // namespace
+
+#define SPARSEKERN_JOIN_(a, b) a##b
+#define SPARSEKERN_JOIN(a, b) SPARSEKERN_JOIN_(a, b)
+
+template <class T>
+const SparseProducts<T>* SPARSEKERN_JOIN(sparse_products_, SPARSEKERN_ISA)() {
+    return table<T>();
+}
+template const SparseProducts<float>* SPARSEKERN_JOIN(sparse_products_, SPARSEKERN_ISA)<float>();
+template const SparseProducts<double>* SPARSEKERN_JOIN(sparse_products_, SPARSEKERN_ISA)<double>();
+
+}  // namespace sparsekern

@@ -1,0 +1,23 @@
+"""sparsekern: a custom-kernel engine for sparse autoencoders."""
+
+from sparsekern.backends import backends
+from sparsekern.codes import SparseCodes
+from sparsekern.modules import SAE, LossOutput, TopK
+from sparsekern.ops import sparse_decode, topk_encode
+from sparsekern.training import Trainer, evaluate, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAE",
+    "LossOutput",
+    "SparseCodes",
+    "TopK",
+    "Trainer",
+    "__version__",
+    "backends",
+    "evaluate",
+    "sparse_decode",
+    "topk_encode",
+    "train",
+]

@@ -1,0 +1,118 @@
+"""The one place that decides which implementation serves a call.
+
+A backend is a module with the functions below, all with the same arguments and the same answers:
+
+``topk_encode(x, weight, bias, k, screen)``
+    -> values ``[B, k]``, indices ``[B, k]`` int32
+``sparse_decode(values, indices, weight, bias)``
+    -> ``[B, d]``
+``gather_dot(grad, indices, weight)``
+    -> ``[B, k]``
+``scatter_outer(values, indices, grad, d_sae)``
+    -> ``[d_sae, d]``
+
+and ``unavailable(op, device_type, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
+:mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
+
+The choice follows the device and dtype of the tensors. ``SPARSEKERN_BACKEND=<name>`` forces one backend, and a call
+that it cannot serve then fails instead of falling back.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekern.backends import cpu, reference
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+"""By name, in order of preference."""
+
+OPS = ("topk_encode", "sparse_decode", "gather_dot", "scatter_outer")
+
+_warned: set[str] = set()
+
+
+class BackendInfo(NamedTuple):
+    """What one backend would do for one op on one device."""
+
+    op: str
+    backend: str
+    device: str
+    chosen: bool
+    reason: str
+
+
+def forced() -> str | None:
+    """The backend named by ``SPARSEKERN_BACKEND``, or None."""
+    name = os.environ.get("SPARSEKERN_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"SPARSEKERN_BACKEND={name!r}: must be one of {', '.join(BACKENDS)}")
+    return name
+
+
+def choose(op: str, tensor: Tensor, screen: str = "auto") -> ModuleType:
+    """The backend that serves `op` for tensors like `tensor`.
+
+    Raises
+    ------
+    ValueError
+        If the forced backend cannot serve the call, or no backend offers the asked `screen`.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    name = forced()
+    if name is not None:
+        reason = BACKENDS[name].unavailable(op, device, dtype, screen)
+        if reason is not None:
+            raise ValueError(f"SPARSEKERN_BACKEND={name} cannot serve {op} on {device} {dtype}: {reason}")
+        return BACKENDS[name]
+    reasons = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable(op, device, dtype, screen)
+        if reason is None:
+            return backend
+        reasons[name] = reason
+        _warn_if_not_built(name, device, reason)
+    details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"no backend serves {op} on {device} {dtype} with screen={screen!r} ({details})")
+
+
+def _warn_if_not_built(name: str, device: str, reason: str) -> None:
+    """Say once that a device's own kernels are missing: the slow path should not be a silent surprise."""
+    if reason.startswith("not built") and name == device and name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"sparsekern's {name} kernels are {reason}; running on the slower reference backend. "
+            "`sparsekern doctor` tells more.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> list[BackendInfo]:
+    """What would run for each op, and why the other backends would not.
+
+    Parameters
+    ----------
+    device
+        Device to ask about; by default ``cuda`` where a GPU is present, else ``cpu``.
+    dtype
+        Dtype of the weights.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for op in OPS:
+        taken = False
+        for name, backend in BACKENDS.items():
+            reason = backend.unavailable(op, device.type, dtype, "auto")
+            if forced() not in (None, name):
+                reason = f"SPARSEKERN_BACKEND={forced()}"
+            chosen = reason is None and not taken
+            rows.append(BackendInfo(op, name, device.type, chosen, reason or ("chosen" if chosen else "not needed")))
+            taken = taken or chosen
+    return rows

@@ -1,0 +1,10 @@
+"""Differentiable torch custom ops, one file an op: checks, registration, fake kernel, autograd formula.
+
+An op checks its arguments, asks :mod:`sparsekern.backends` who serves them, and says how its result is differentiated.
+It holds no arithmetic of its own.
+"""
+
+from sparsekern.ops._sparse_decode import sparse_decode
+from sparsekern.ops._topk_encode import topk_encode
+
+__all__ = ["sparse_decode", "topk_encode"]

@@ -1,0 +1,112 @@
+"""``topk_encode``: the k largest pre-activations of every token, without the ``B × N`` tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.backends import choose
+from sparsekern.codes import SparseCodes
+from sparsekern.ops._checks import (
+    SCREENS,
+    check_finite,
+    check_floating,
+    check_k,
+    check_matrix,
+    check_same_device,
+    check_vector,
+)
+from sparsekern.ops._sparse_decode import _scatter_outer, _sparse_decode
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: str = "auto") -> SparseCodes:
+    """The top k of ``ReLU(x @ W_enc.T + b_enc)`` in every row, exactly.
+
+    Pre-activations are compared in float32 (float64 for float64 input), whatever the dtype of storage; autocast does
+    not lower that. Ties go to the lower index. The ReLU comes after the selection: a row with fewer than k positive
+    pre-activations has zero-valued slots, and those carry no gradient. Differentiable in `x`, `W_enc` and `b_enc`.
+
+    Parameters
+    ----------
+    x : Tensor [..., d_in]
+        Activations, already centred if the encoder is to see them so. Must be finite: checked at once on the CPU.
+    W_enc : Tensor [d_sae, d_in]
+        Encoder, one row a latent.
+    b_enc : Tensor [d_sae] or None
+        Encoder bias.
+    k : int
+        Latents to keep, ``1 ≤ k ≤ d_sae``.
+    screen : {"auto", "none", "bf16", "fp8", "int8"}
+        Precision of the pass that proposes candidates, where the backend has one. It changes the speed, never the
+        answer; a backend without the named pass raises.
+
+    Returns
+    -------
+    SparseCodes
+        Values ``[..., k]`` in the promoted dtype of `x` and `W_enc`, falling; indices ``[..., k]`` int32.
+
+    Raises
+    ------
+    ValueError
+        On a wrong shape, dtype, device, k or screen, an empty batch, and non-finite values of `x`.
+
+    References
+    ----------
+    Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), section 2.3.
+    """
+    check_floating(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_matrix("W_enc", W_enc)
+    if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
+        raise ValueError(f"x must have {W_enc.shape[1]} columns (d_in of W_enc), got shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+    check_vector("b_enc", b_enc, ("d_sae of W_enc", W_enc.shape[0]))
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_k(k, W_enc.shape[0])
+    if screen not in SCREENS:
+        raise ValueError(f"screen must be one of {', '.join(SCREENS)}, got {screen!r}")
+    dtype = torch.promote_types(x.dtype, W_enc.dtype)
+    bias = None if b_enc is None else b_enc.to(dtype)
+    values, indices = _topk_encode(x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), bias, k, screen)
+    shape = (*x.shape[:-1], k)
+    return SparseCodes(values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
+
+
+@torch.library.custom_op("sparsekern::topk_encode", mutates_args=())
+def _topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+    if x.device.type == "cpu":
+        check_finite("x", x)
+    backend = choose("topk_encode", x, screen)
+    with torch.autocast(x.device.type, enabled=False):
+        return backend.topk_encode(x, weight, bias, k, screen)
+
+
+@_topk_encode.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, _, _ = inputs
+    values, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(x, weight, values, indices)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
+    """``dz = grad · [z > 0]``; ``dx = Σ_j dz_j W[i_j]``, ``dW[i] = Σ dz x``, ``db[i] = Σ dz``."""
+    x, weight, values, indices = ctx.saved_tensors
+    dz = torch.where(values > 0, grad_values, 0)
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _sparse_decode(dz, indices, weight, None)
+    if ctx.needs_input_grad[1]:
+        dw = _scatter_outer(dz, indices, x, weight.shape[0])
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        ones = dz.new_ones(dz.shape[0], 1)
+        db = _scatter_outer(dz, indices, ones, weight.shape[0]).squeeze(1)
+    return dx, dw, db, None, None
+
+
+_topk_encode.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,100 @@
+"""Who serves a call, who is forced to, and what is said when nobody can."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.backends import BACKENDS, OPS, choose, cpu, reference
+
+needs_native = pytest.mark.skipif(cpu.isa() is None, reason="the native kernels are not built")
+
+
+def test_every_backend_that_serves_an_op_has_it():
+    for name, backend in BACKENDS.items():
+        for op in OPS:
+            if backend.unavailable(op, "cpu", torch.float32, "auto") is None:
+                assert callable(getattr(backend, op)), f"{name}.{op}"
+        assert backend.unavailable("no_such_op", "cpu", torch.float32, "auto") is not None or backend is reference
+
+
+@needs_native
+def test_cpu_tensors_go_to_the_kernels_and_the_rest_to_the_reference():
+    assert choose("sparse_decode", torch.ones(1)) is cpu
+    assert choose("sparse_decode", torch.ones(1, dtype=torch.bfloat16)) is reference
+    assert choose("sparse_decode", torch.ones(1, device="meta")) is reference
+    assert choose("topk_encode", torch.ones(1)) is reference
+
+
+def test_a_forced_backend_fails_loudly(monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "cpu")
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND=cpu cannot serve sparse_decode on meta"):
+        choose("sparse_decode", torch.ones(1, device="meta"))
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND='tpu': must be one of cpu, reference"):
+        choose("sparse_decode", torch.ones(1))
+
+
+def test_backends_names_one_choice_an_op_and_a_reason_for_the_rest(monkeypatch):
+    rows = sk.backends("cpu")
+    for op in OPS:
+        assert sum(row.chosen for row in rows if row.op == op) == 1
+    assert all(row.reason for row in rows)
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "reference")
+    assert {row.backend for row in sk.backends("cpu") if row.chosen} == {"reference"}
+
+
+def test_missing_kernels_are_said_once(monkeypatch):
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "_not_built", "not built (no compiler)", raising=False)
+    monkeypatch.setattr(sys.modules["sparsekern.backends"], "_warned", set())
+    codes = sk.SparseCodes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32), 1)
+    with pytest.warns(RuntimeWarning, match="cpu kernels are not built"):
+        sk.sparse_decode(codes, torch.ones(1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.sparse_decode(codes, torch.ones(1, 1))
+
+
+_DIGEST = """
+import torch, sparsekern as sk
+from sparsekern.backends import cpu
+torch.manual_seed(0)
+x, weight, decoder = (torch.randn(*s).double().requires_grad_() for s in [(50, 70), (300, 70), (300, 70)])
+y = sk.sparse_decode(sk.topk_encode(x, weight, None, 9), decoder)
+grads = torch.autograd.grad(y.square().sum(), [x, weight, decoder])
+print(cpu.isa(), sum(t.abs().sum().item() for t in [y, *grads]))
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_agrees(isa):
+    def run(**env):
+        return subprocess.run(
+            [sys.executable, "-c", _DIGEST], env=os.environ | env, capture_output=True, text=True, check=False
+        )
+
+    forced = run(SPARSEKERN_CPU_ISA=isa)
+    if "this machine has no" in forced.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    name, total = forced.stdout.split()
+    assert name == isa
+    assert float(total) == pytest.approx(float(run().stdout.split()[1]), rel=1e-12)
+
+
+@needs_native
+def test_an_unknown_instruction_set_is_refused():
+    run = subprocess.run(
+        [sys.executable, "-c", "import sparsekern"],
+        env=os.environ | {"SPARSEKERN_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "SPARSEKERN_CPU_ISA=sse9: must be generic, avx2 or avx512" in run.stderr

@@ -1,0 +1,32 @@
+import os
+
+# The tests are tiny: where cores are shared, a team of threads mostly waits for its members. Also for subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from sparsekern.backends import cpu
+
+# Timings on shared machines vary: a slow example is no failure.
+settings.register_profile("default", deadline=None, max_examples=60)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state(monkeypatch):
+    """Every test starts from the same random state and its own choice of backend."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("SPARSEKERN_BACKEND", raising=False)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def product_backend(request, monkeypatch):
+    """Runs a test of the sparse products once for each backend that this machine has."""
+    if request.param == "cpu" and cpu.isa() is None:
+        if os.environ.get("CI"):
+            pytest.fail("the native kernels must be built in CI")
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setenv("SPARSEKERN_BACKEND", request.param)
+    return request.param
