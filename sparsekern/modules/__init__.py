@@ -1,0 +1,6 @@
+"""Modules: encoder, activation, decoder and loss put together. A module calls ops and never names a backend."""
+
+from sparsekern.modules.activations import Activation, TopK
+from sparsekern.modules.sae import SAE, LossOutput
+
+__all__ = ["SAE", "Activation", "LossOutput", "TopK"]

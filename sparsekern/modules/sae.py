@@ -1,0 +1,262 @@
+"""The sparse autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.codes import SparseCodes
+from sparsekern.modules.activations import ACTIVATIONS, Activation
+from sparsekern.modules.initialization import geometric_median, unit_rows
+from sparsekern.modules.pretrained import load_pretrained, save_pretrained
+from sparsekern.ops import sparse_decode, topk_encode
+from sparsekern.ops._checks import check_finite
+
+
+class LossOutput(NamedTuple):
+    """What :meth:`SAE.loss` returns.
+
+    Attributes
+    ----------
+    total : Tensor []
+        The loss to differentiate: the sum of the parts.
+    parts : dict[str, Tensor]
+        Weighted terms: ``reconstruction`` and, where there are dead latents, ``auxk``.
+    codes : SparseCodes
+        Codes of the batch.
+    fvu : Tensor []
+        Fraction of variance unexplained over the batch, detached.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    codes: SparseCodes
+    fvu: Tensor
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: ``z = activation((x − b_dec) W_encᵀ + b_enc)``, ``x̂ = z W_dec + b_dec``.
+
+    Called as a module it returns the reconstruction, so that it drops into a forward hook. Encoder and decoder start
+    equal, with rows of unit norm, and ``b_dec`` at zero (:meth:`init_b_dec_` moves it to the data). The decoder rows
+    are meant to stay at unit norm: call :meth:`project_decoder_grad_` before and :meth:`normalize_decoder_` after each
+    step of the optimizer, or use :class:`sparsekern.Trainer`, which does.
+
+    Parameters
+    ----------
+    d_in : int
+        Width of the activations.
+    d_sae : int
+        Number of latents.
+    activation : Activation
+        For example ``sparsekern.TopK(32)``.
+    pre_bias : bool
+        Whether the encoder sees ``x − b_dec`` or `x`.
+    aux_coefficient : float
+        Weight of the AuxK loss, which lets dead latents reconstruct what the live ones left over; 0 turns it off.
+    aux_k : int or None
+        Dead latents that each token may use for it; ``d_in // 2`` by default.
+    dead_after : int
+        Tokens without firing after which a latent counts as dead.
+    generator : torch.Generator or None
+        For reproducible starting weights (a CPU generator).
+    device, dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    W_enc, W_dec : Parameter [d_sae, d_in]
+        One row a latent.
+    b_enc : Parameter [d_sae]
+    b_dec : Parameter [d_in]
+    tokens_since_fired : Tensor [d_sae] int64
+        Kept by :meth:`loss` in training mode.
+
+    References
+    ----------
+    Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), sections 2 and A.2.
+    """
+
+    tokens_since_fired: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        *,
+        pre_bias: bool = True,
+        aux_coefficient: float = 1 / 32,
+        aux_k: int | None = None,
+        dead_after: int = 10_000_000,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        for name, number in {"d_in": d_in, "d_sae": d_sae, "dead_after": dead_after}.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        if not isinstance(activation, Activation):
+            raise ValueError(f"activation must be an Activation such as sparsekern.TopK(32), got {activation!r}")
+        if aux_coefficient < 0:
+            raise ValueError(f"aux_coefficient must not be negative, got {aux_coefficient}")
+        if aux_k is not None and aux_k < 1:
+            raise ValueError(f"aux_k must be at least 1, got {aux_k}")
+        activation.check(d_sae)
+        self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
+        self.pre_bias = pre_bias
+        self.aux_coefficient = aux_coefficient
+        self.aux_k = aux_k or max(1, d_in // 2)
+        self.dead_after = dead_after
+        rows = unit_rows(d_sae, d_in, generator).to(device=device, dtype=dtype)
+        self.W_enc = nn.Parameter(rows)
+        self.b_enc = nn.Parameter(rows.new_zeros(d_sae))
+        self.W_dec = nn.Parameter(rows.clone())
+        self.b_dec = nn.Parameter(rows.new_zeros(d_in))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=rows.device))
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, pre_bias={self.pre_bias}"
+
+    # Forward
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        """Codes of the activations `x` ``[..., d_in]``."""
+        return self.activation.encode(self._centred(x), self.W_enc, self.b_enc)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """Reconstruction ``[..., d_in]`` from codes."""
+        return sparse_decode(codes, self.W_dec, self.b_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of `x` ``[..., d_in]``, in the shape and dtype of `x`."""
+        return self.decode(self.encode(x)).to(x.dtype)
+
+    def loss(self, x: Tensor, target: Tensor | None = None) -> LossOutput:
+        """Loss of a batch: FVU of the reconstruction plus the AuxK term.
+
+        The FVU is ``Σ (y − x̂)² / Σ (y − ȳ)²`` over the batch. AuxK is the FVU of the (detached) residual,
+        reconstructed from the top `aux_k` *dead* latents, times `aux_coefficient`; its gradient reaches their encoder
+        rows as well as their decoder rows. In training mode this call also advances `tokens_since_fired`.
+
+        Parameters
+        ----------
+        x : Tensor [..., d_in]
+            Activations, at least two tokens.
+        target : Tensor [..., d_in] or None
+            What to reconstruct; `x` by default.
+        """
+        target = x if target is None else target
+        if target.shape != x.shape:
+            raise ValueError(f"target must have the shape of x, {tuple(x.shape)}, got {tuple(target.shape)}")
+        if x.numel() == x.shape[-1]:
+            raise ValueError("x must hold at least two tokens: the variance of one token is zero")
+        x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1, x.shape[-1])
+        centred = self._centred(x)
+        codes = self.activation.encode(centred, self.W_enc, self.b_enc)
+        residual = target - self.decode(codes)
+        fvu = _fvu(residual, target)
+        parts = {"reconstruction": fvu}
+        if self.training:
+            if self.aux_coefficient > 0:
+                # The rows are gathered first: what follows costs in proportion to the dead latents only.
+                dead = self.dead_mask().nonzero().squeeze(1)
+                if dead.numel():
+                    parts["auxk"] = self.aux_coefficient * self._auxk(centred, residual.detach(), dead)
+            with torch.no_grad():
+                self.tokens_since_fired += x.shape[0]
+                self.tokens_since_fired[codes.firing_counts() > 0] = 0
+        total = torch.stack(list(parts.values())).sum()
+        return LossOutput(total, parts, codes, fvu.detach())
+
+    def dead_mask(self) -> Tensor:
+        """Latents that have not fired for `dead_after` tokens of training: ``[d_sae]`` bool."""
+        return self.tokens_since_fired >= self.dead_after
+
+    def _centred(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"x must have {self.d_in} columns (d_in), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be a floating-point tensor, got {x.dtype}; use x.float()")
+        return x - self.b_dec if self.pre_bias else x
+
+    def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """FVU of the residual under its reconstruction from the rows `dead`."""
+        k = min(self.aux_k, dead.numel())
+        codes = topk_encode(centred, self.W_enc[dead], self.b_enc[dead], k)
+        return _fvu(residual - sparse_decode(codes, self.W_dec[dead]), residual)
+
+    # The constraint on the decoder, and the start
+
+    @torch.no_grad()
+    def init_b_dec_(self, x: Tensor, method: str = "geometric_median") -> None:
+        """Start ``b_dec`` at the centre of the activations `x` ``[..., d_in]``: ``geometric_median`` or ``mean``."""
+        if method not in ("geometric_median", "mean"):
+            raise ValueError(f"method must be geometric_median or mean, got {method!r}")
+        rows = x.reshape(-1, self.d_in).float()
+        check_finite("x", rows)
+        self.b_dec.copy_(geometric_median(rows) if method == "geometric_median" else rows.mean(0))
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale every decoder row to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def project_decoder_grad_(self) -> None:
+        """Remove from the decoder's gradient its component along each (unit) row: it could only change the norm."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    # Saving
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that rebuild this module, without its weights."""
+        return {
+            "class": type(self).__name__,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "activation": {"name": self.activation.name, **self.activation.config()},
+            "pre_bias": self.pre_bias,
+            "aux_coefficient": self.aux_coefficient,
+            "aux_k": self.aux_k,
+            "dead_after": self.dead_after,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> SAE:
+        """A module with fresh weights from what :meth:`config` returned."""
+        options = dict(config)
+        if options.pop("class", None) != cls.__name__:
+            raise ValueError(f"the configuration is of class {config.get('class')!r}, not {cls.__name__}")
+        chosen = dict(options.pop("activation", {}))
+        name = chosen.pop("name", None)
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        try:
+            return cls(activation=ACTIVATIONS[name](**chosen), dtype=dtype, **options)
+        except TypeError as error:
+            raise ValueError(f"the configuration does not fit {cls.__name__}: {error}") from error
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into the folder `path`, made if needed."""
+        save_pretrained(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, device: torch.device | str | None = None) -> SAE:
+        """Load what :meth:`save_pretrained` wrote, from a folder or from a repository on the Hugging Face Hub."""
+        return load_pretrained(cls, path_or_hub_id, device)
+
+
+def _fvu(residual: Tensor, target: Tensor) -> Tensor:
+    """Fraction of the batch variance of `target` ``[B, d]`` that `residual` leaves, in float32 at least."""
+    if residual.dtype in (torch.float16, torch.bfloat16):
+        residual, target = residual.float(), target.float()
+    variance = (target - target.mean(0)).square().sum()
+    return residual.square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
