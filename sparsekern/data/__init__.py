@@ -1,0 +1,23 @@
+"""Activations: read texts, run a model over them, keep what it computes, and stream it to a trainer.
+
+The data goes one way: :func:`read_texts` or :func:`stdlib_docstrings` → :func:`harvest` (or :func:`import_activations`)
+→ :class:`ActivationStore` → :class:`ActivationLoader`.
+"""
+
+from sparsekern.data.harvest import EMBEDDED_MODEL, harvest, import_activations
+from sparsekern.data.loader import ActivationLoader
+from sparsekern.data.store import ActivationStore, ActivationView, StoreError, StoreWriter
+from sparsekern.data.texts import read_texts, stdlib_docstrings
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "ActivationLoader",
+    "ActivationStore",
+    "ActivationView",
+    "StoreError",
+    "StoreWriter",
+    "harvest",
+    "import_activations",
+    "read_texts",
+    "stdlib_docstrings",
+]
