@@ -1,0 +1,148 @@
+"""The trainer: one object, one call a batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekern.modules import SAE
+from sparsekern.optim import build_optimizer
+from sparsekern.training.config import TrainerConfig
+from sparsekern.training.schedule import default_lr, warmup_and_decay
+
+
+class StepStats(NamedTuple):
+    """What one step did. Tensors are 0-dimensional and stay on the device until somebody reads them.
+
+    Attributes
+    ----------
+    step : int
+        Steps done, this one included.
+    tokens : int
+        Tokens seen, this step's included.
+    lr : float
+        Learning rate of this step.
+    loss, fvu, l0, grad_norm, dead_fraction : Tensor []
+        Loss and FVU of the batch before the update, active latents a token, global gradient norm before clipping,
+        share of latents that count as dead.
+    """
+
+    step: int
+    tokens: int
+    lr: float
+    loss: Tensor
+    fvu: Tensor
+    l0: Tensor
+    grad_norm: Tensor
+    dead_fraction: Tensor
+
+    def to_floats(self) -> dict[str, float]:
+        """All entries as Python numbers; waits for the device."""
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in self._asdict().items()}
+
+
+class Trainer:
+    """Trains an SAE one batch at a time: forward, backward, clip, optimizer, decoder norm.
+
+    Parameters
+    ----------
+    sae : SAE
+        Trained in place, on the device where it is.
+    config : TrainerConfig or None
+        Options; those given by keyword come on top.
+    **options
+        Any field of :class:`TrainerConfig`: ``lr``, ``optimizer``, ``steps``, ``warmup_steps``, ``clip_norm`` …
+
+    Examples
+    --------
+    >>> sae = sk.SAE(384, 24576, sk.TopK(32))
+    >>> trainer = sk.Trainer(sae, lr=1e-3, steps=len(batches))
+    >>> for x in batches:
+    ...     stats = trainer.step(x)
+    """
+
+    def __init__(self, sae: SAE, config: TrainerConfig | None = None, **options: Any) -> None:
+        given = {} if config is None else {name: getattr(config, name) for name in TrainerConfig.names()}
+        self.config = config = TrainerConfig.of({**given, **options})
+        self.sae = sae
+        self.steps_done = 0
+        self.tokens_seen = 0
+        self.peak_lr = default_lr(sae.d_sae) if config.lr is None else config.lr
+        if config.warmup_steps is not None:
+            self.warmup_steps = config.warmup_steps
+        else:
+            self.warmup_steps = 1000 if config.steps is None else min(1000, config.steps // 20)
+        self._named = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            self._named.values(),
+            lr=self.peak_lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+
+    def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
+        """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
+        sae, config = self.sae, self.config
+        x = x.to(sae.W_enc.device)
+        if self.steps_done == 0 and config.b_dec_init != "zeros" and not sae.b_dec.any():
+            sae.init_b_dec_(x, config.b_dec_init)
+        out = sae.train().loss(x, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        out.total.backward()
+        sae.project_decoder_grad_()
+        bound = config.clip_norm or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._named.values(), bound)
+        factor = warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
+        lr = self.peak_lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        sae.normalize_decoder_()
+        self.steps_done += 1
+        self.tokens_seen += x.numel() // x.shape[-1]
+        return StepStats(
+            step=self.steps_done,
+            tokens=self.tokens_seen,
+            lr=lr,
+            loss=out.total.detach(),
+            fvu=out.fvu,
+            l0=out.codes.l0().float().mean(),
+            grad_norm=grad_norm,
+            dead_fraction=sae.dead_mask().float().mean(),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a bit-identical continuation needs, as flat named tensors: weights, optimizer, counters."""
+        state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self._named.items():
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = value
+        state["trainer.steps_done"] = torch.tensor(self.steps_done)
+        state["trainer.tokens_seen"] = torch.tensor(self.tokens_seen)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` returned, on a trainer of the same configuration.
+
+        Raises
+        ------
+        ValueError
+            If the state is of another shape of SAE or another optimizer.
+        """
+        weights = {name.removeprefix("sae."): t for name, t in state.items() if name.startswith("sae.")}
+        try:
+            self.sae.load_state_dict(weights)
+            for name, parameter in self._named.items():
+                prefix = f"optimizer.{name}."
+                moments = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+                # Adam's step counter lives on the CPU unless a kernel wants it elsewhere; moments follow the parameter.
+                self.optimizer.state[parameter] = {
+                    key: t.clone() if t.dim() == 0 else t.to(parameter.device, copy=True) for key, t in moments.items()
+                }
+            self.steps_done = int(state["trainer.steps_done"])
+            self.tokens_seen = int(state["trainer.tokens_seen"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the state does not fit this trainer: {error}") from error
