@@ -1,0 +1,1 @@
+"""Analyses of trained SAEs, on sparsekern's public surface. One module a subject."""

@@ -1,0 +1,131 @@
+"""What single latents respond to: their strongest contexts in a store of activations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekern import SAE
+from sparsekern.data import ActivationStore
+from sparsekern.progress import Progress
+
+_BATCH = 8192
+_CANDIDATES = 8  # times the contexts wanted: not every strong pre-activation is among its token's top k
+
+
+@dataclass(frozen=True)
+class Activating:
+    """One token on which a latent is active.
+
+    Attributes
+    ----------
+    value : float
+        Activation of the latent.
+    row : int
+        Row of the token in the store.
+    context : int
+        Context of the token in the store.
+    position : int
+        Position of the token in its context.
+    """
+
+    value: float
+    row: int
+    context: int
+    position: int
+
+
+@torch.no_grad()
+def top_contexts(
+    sae: SAE, store: ActivationStore, latents: Tensor, count: int = 10, progress: bool = False
+) -> dict[int, list[Activating]]:
+    """The `count` contexts of `store` in which each of `latents` is most active, one token a context.
+
+    A latent's activation is its pre-activation where that is among the k kept ones. So the tokens are ranked by
+    pre-activation, which costs ``len(latents)`` columns instead of all, and only the leading candidates are encoded.
+
+    Parameters
+    ----------
+    sae : SAE
+        The module.
+    store : ActivationStore
+        Activations that it reads.
+    latents : Tensor [n] of ints
+        Which latents.
+    count : int
+        Contexts a latent; fewer come back where fewer are among the candidates.
+    progress : bool
+        Show progress.
+
+    Returns
+    -------
+    dict
+        For each latent its tokens, strongest first.
+    """
+    latents = latents.to(sae.W_enc.device).long()
+    keep = min(count * _CANDIDATES, store.tokens)
+    best = torch.empty(0, len(latents), device=latents.device)
+    rows = torch.empty(0, len(latents), dtype=torch.int64, device=latents.device)
+    with Progress("strongest contexts", store.tokens, shown=progress) as bar:
+        for start in range(0, store.tokens, _BATCH):
+            x = store.rows(start, min(start + _BATCH, store.tokens)).to(latents.device)
+            pre = (x - sae.b_dec if sae.pre_bias else x) @ sae.W_enc[latents].T + sae.b_enc[latents]
+            merged = torch.cat([best, pre])
+            merged_rows = torch.cat([rows, (start + torch.arange(len(x), device=x.device))[:, None].expand_as(pre)])
+            best, order = merged.topk(min(keep, len(merged)), dim=0)
+            rows = merged_rows.gather(0, order)
+            bar.update(start + len(x))
+    bounds = store.context_bounds
+    found = {}
+    for column, latent in enumerate(latents.tolist()):
+        candidates = rows[:, column].tolist()
+        x = torch.cat([store.rows(row, row + 1) for row in candidates]).to(latents.device)
+        codes = sae.encode(x)
+        values = torch.where(codes.indices == latent, codes.values, 0).sum(1).tolist()
+        seen: dict[int, Activating] = {}
+        for row, value in sorted(zip(candidates, values, strict=True), key=lambda pair: -pair[1]):
+            context = int(torch.searchsorted(bounds, row, right=True)) - 1
+            if value > 0 and context not in seen and len(seen) < count:
+                seen[context] = Activating(value, row, context, row - int(bounds[context]))
+        found[latent] = list(seen.values())
+    return found
+
+
+def spread_by_density(density: Tensor, count: int) -> Tensor:
+    """`count` latents that fire, evenly spaced by rank of `density` ``[d_sae]``: a fair sample, rare to frequent."""
+    firing = density.nonzero().squeeze(1)
+    ranked = firing[density[firing].argsort(descending=True, stable=True)]
+    count = min(count, len(ranked))
+    return ranked[((torch.arange(count) + 0.5) * len(ranked) / max(1, count)).long()]
+
+
+def describe_latents(
+    sae: SAE, store: ActivationStore, density: Tensor, count: int = 40, contexts: int = 10, progress: bool = False
+) -> str:
+    """A Markdown page: for `count` latents, spread by density, their strongest contexts with the active token marked.
+
+    The latents are not picked by hand: they are evenly spaced by rank of density among those that fire.
+    """
+    latents = spread_by_density(density, count)
+    found = top_contexts(sae, store, latents, contexts, progress)
+    lines = [
+        "# What the latents respond to",
+        "",
+        f"{len(latents)} of {sae.d_sae:,} latents, evenly spaced by rank of density among the "
+        f"{int((density > 0).sum()):,} that fire on held-out tokens, frequent to rare. For each, the {contexts} "
+        f"contexts of {store.n_contexts:,} in which it is most active, with the active token marked.",
+        "",
+    ]
+    for latent in latents.tolist():
+        tokens = found[latent]
+        common = Counter(store.token_text(a.row) for a in tokens).most_common(5)
+        words = ", ".join(f"`{word}`" + (f" ×{n}" if n > 1 else "") for word, n in common)
+        lines += [f"## Latent {latent} · density {density[latent]:.2%} · {words}", ""]
+        for a in tokens:
+            text = store.context_text(a.context, mark=a.position, window=16)
+            lines.append(f"- {a.value:.2f} · {text}")
+        lines.append("")
+    return "\n".join(lines)

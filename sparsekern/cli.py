@@ -1,0 +1,318 @@
+"""The command line. A command is a class of options and a function that takes it.
+
+Flags and config files share the class: flags are made from its fields, a config file sets the same names, and both are
+validated in one place. A flag wins over the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import sparsekern as sk
+from sparsekern.data import EMBEDDED_MODEL, ActivationStore, harvest, import_activations, read_texts
+from sparsekern.files import write_json
+from sparsekern.options import Options, option
+from sparsekern.progress import Progress
+from sparsekern.training import TrainConfig, versions
+
+app = typer.Typer(
+    name="sparsekern",
+    help="A custom-kernel engine for sparse autoencoders.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+T = TypeVar("T", bound=Options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarvestOptions(Options):
+    """Options of ``sparsekern harvest``."""
+
+    model: str = option(EMBEDDED_MODEL, "embedded model, folder, or Hugging Face id")
+    hook: str | None = option(None, "module whose output is stored, e.g. encoder.layer.3; by default a middle block")
+    texts: list[Path] | None = option(None, "text files or folders; by default the standard library's docstrings")
+    activations: Path | None = option(None, "instead of running a model: a folder of .npy or .safetensors activations")
+    dtype: str = option("float32", "of the numbers on disk", choices=("float32", "float16", "bfloat16"))
+    context_length: int = option(128, "longest context", unit="tokens", at_least=3)
+    batch_contexts: int = option(32, "contexts run at a time", at_least=1)
+    shard_tokens: int = option(65536, "size of a shard", unit="tokens", at_least=1)
+    drop_special: bool = option(True, "leave special tokens such as [CLS] out")
+    max_tokens: int | None = option(None, "stop after as many", unit="tokens", at_least=1)
+    device: str | None = option(None, "where the model runs; by default a GPU if there is one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig):
+    """Options of ``sparsekern train``."""
+
+    expansion: int = option(64, "latents as a multiple of the width of the activations", at_least=1)
+    latents: int | None = option(None, "latents; wins over the expansion", at_least=1)
+    k: int = option(32, "active latents a token", at_least=1)
+    aux_coefficient: float = option(1 / 32, "weight of the AuxK loss, 0 for none", at_least=0)
+    aux_k: int | None = option(None, "dead latents a token may use in AuxK; by default half the width", at_least=1)
+    dead_after: int = option(10_000_000, "without firing, a latent counts as dead", unit="tokens", at_least=1)
+    device: str | None = option(None, "where to train; by default a GPU if there is one")
+    report: bool = option(True, "write plots and features.md at the end")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """Options of ``sparsekern eval``."""
+
+    held_out: float = option(
+        0.05, "share of the contexts measured, split as in training; 1 for all", above=0, at_most=1
+    )
+    seed: int = option(0, "seed of the split; the one of the training run for tokens it has not seen", at_least=0)
+    max_tokens: int = option(65536, "tokens measured, at most", unit="tokens", at_least=2)
+    batch_size: int = option(2048, "tokens at a time", unit="tokens", at_least=1)
+    device: str | None = option(None, "where to run; by default a GPU if there is one")
+
+
+# From a class of options to flags
+
+
+def parse(cls: type[T], given: dict[str, Any]) -> T:
+    """Build options from a config file's or a command line's values, with types coerced and everything checked."""
+    for key in given:
+        cls.check_name(key)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(given)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {reason}, got {problem['input']!r}" if where else reason) from error
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """The options in a YAML or TOML file; none without a file."""
+    if path is None:
+        return {}
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
+    try:
+        if path.suffix == ".toml":
+            if sys.version_info >= (3, 11):
+                import tomllib
+            else:
+                import tomli as tomllib
+            content = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            content = yaml.safe_load(text) or {}
+        else:
+            raise ValueError(f"config {path} must end in .yaml, .yml or .toml")
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("config "):
+            raise
+        raise ValueError(f"config {path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} must hold `name: value` pairs")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def command(cls: type[T]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command whose parameter ``options`` becomes the flags of `cls`, and ``--config``."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "options"]
+        flags = [_flag(cls, field) for field in dataclasses.fields(cls)]
+        config = inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option(help="YAML or TOML file with any of these options")],
+        )
+
+        def run(**values: Any) -> None:
+            arguments = {p.name: values.pop(p.name) for p in own}
+            try:
+                given = read_config(values.pop("config")) | {k: v for k, v in values.items() if v is not None}
+                function(options=parse(cls, given), **arguments)
+            except (ValueError, ImportError, OSError) as error:
+                Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from error
+            except KeyboardInterrupt as stop:
+                Console(stderr=True).print(f"[yellow]interrupted[/] {stop}", highlight=False, soft_wrap=True)
+                raise typer.Exit(130) from stop
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [config, *flags]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = function.__doc__
+        app.command(name=function.__name__.removesuffix("_command"))(run)
+        return function
+
+    return register
+
+
+def _flag(cls: type[Options], field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """One field as a parameter that typer understands. Unset is None, so that a config file can be told from a flag."""
+    kind = typing.get_type_hints(cls)[field.name]
+    if isinstance(kind, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    rule = field.metadata
+    notes = [rule["help"]]
+    if rule["choices"]:
+        notes.append(f"one of {', '.join(rule['choices'])}")
+    default = "" if field.default is None else str(field.default)
+    if rule["unit"] and default:
+        default = f"{default} {rule['unit']}"
+    elif rule["unit"]:
+        notes.append(f"in {rule['unit']}")
+    flag = typer.Option(help="; ".join(notes), show_default=default or False)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
+    )
+
+
+# Commands
+
+
+@command(HarvestOptions)
+def harvest_command(
+    options: HarvestOptions,
+    output: Annotated[Path, typer.Argument(help="Folder of the store; an interrupted harvest there is resumed.")],
+) -> None:
+    """Store a model's activations, or import activations, as memory-mapped shards."""
+    with Progress("harvest", options.max_tokens) as bar:
+        if options.activations is not None:
+            store = import_activations(
+                output,
+                options.activations,
+                dtype=options.dtype,
+                shard_tokens=options.shard_tokens,
+                progress=bar.update,
+            )
+        else:
+            settings = {k: v for k, v in options.to_dict().items() if k not in ("texts", "activations")}
+            texts = None if options.texts is None else read_texts(options.texts)
+            store = harvest(output, texts=texts, progress=bar.update, **settings)
+    out.print(f"{store.tokens:,} tokens of width {store.d} in {store.n_contexts:,} contexts → [bold]{output}[/]")
+
+
+@command(TrainOptions)
+def train_command(
+    options: TrainOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+) -> None:
+    """Train a TopK SAE on stored activations, and report on it."""
+    from sparsekern.analysis import runs
+
+    store = ActivationStore(activations)
+    sae = sk.SAE(
+        store.d,
+        options.latents or options.expansion * store.d,
+        sk.TopK(options.k),
+        aux_coefficient=options.aux_coefficient,
+        aux_k=options.aux_k,
+        dead_after=options.dead_after,
+        generator=torch.Generator().manual_seed(options.seed),
+        device=_device(options.device),
+    )
+    out.print(
+        f"{sae.d_sae:,} latents, k={options.k}, on {store.tokens:,} tokens of width {store.d} "
+        f"({store.source.get('model', 'imported')}, {store.source.get('hook', '–')})"
+    )
+    loop = {name: getattr(options, name) for name in TrainConfig.names()}
+    result = sk.train(sae, store, output=output, resume=resume, overwrite=overwrite, **loop)
+    if options.report:
+        runs.write_report(output, store, progress=True)
+    _print_summary(result.summary, output, options.report)
+
+
+@command(EvalOptions)
+def eval_command(
+    options: EvalOptions,
+    sae: Annotated[str, typer.Argument(help="Folder written by save_pretrained (runs/…/sae), or a Hub id.")],
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measures there as JSON.")] = None,
+) -> None:
+    """Measure a trained SAE: FVU, explained variance, cosine, L0, silent share, density histogram."""
+    module = sk.SAE.from_pretrained(sae, device=_device(options.device))
+    store = ActivationStore(activations)
+    if options.held_out == 1:
+        x = store.rows(0, min(store.tokens, options.max_tokens))
+    else:
+        x = store.split(options.held_out, options.seed)[1].load(options.max_tokens)
+    with Progress("eval", len(x)) as bar:
+
+        def batches() -> typing.Iterator[torch.Tensor]:
+            done = 0
+            for batch in x.split(options.batch_size):
+                yield batch
+                done += len(batch)
+                bar.update(done)
+
+        evaluation = sk.evaluate(module, batches())
+    measures = evaluation.to_dict()
+    table = Table("measure", "value", title=f"{sae} on {evaluation.tokens:,} tokens", title_justify="left")
+    for name in ("fvu", "explained_variance", "cosine", "l0", "silent_fraction"):
+        table.add_row(name, f"{measures[name]:.4f}")
+    for decade, count in measures["density_histogram"].items():
+        table.add_row(f"density {decade}", f"{count:,} latents")
+    out.print(table)
+    if json_file is not None:
+        write_json(json_file, {**measures, "sae": module.config(), "versions": versions()})
+
+
+@app.command()
+def doctor() -> None:
+    """Show what would run here for each op, and why the other backends would not."""
+    from sparsekern.backends import cpu
+
+    for name, version in versions().items():
+        out.print(f"{name} {version}", highlight=False)
+    out.print(f"{torch.get_num_threads()} threads, CPU kernels: {cpu.isa() or 'not built'}", highlight=False)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    table = Table("op", "device", "backend", "", "why")
+    for device in devices:
+        for info in sk.backends(device):
+            table.add_row(info.op, info.device, info.backend, "✓" if info.chosen else "", info.reason)
+    out.print(table)
+    if len(devices) == 1:
+        out.print("no CUDA device", highlight=False)
+
+
+def _device(name: str | None) -> str:
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _print_summary(summary: dict[str, Any], output: Path, report: bool) -> None:
+    """What the run learned, and where to look."""
+    fvu, pca = summary["heldout_fvu"], summary["pca_fvu"]
+    table = Table("held out", "", title=f"What {output} learned", title_justify="left")
+    table.add_row("variance explained", f"{1 - fvu:.1%}  (FVU {fvu:.4f})")
+    table.add_row(f"PCA with {summary['pca_components']} components", f"{1 - pca:.1%}  (FVU {pca:.4f})")
+    table.add_row("active latents a token", f"{summary['heldout_l0']:.1f} of {summary['sae']['d_sae']:,}")
+    dead_after = f"{summary['sae']['dead_after']:,}"
+    table.add_row("dead latents", f"{summary['dead_fraction']:.1%}  (silent for {dead_after} tokens of training)")
+    rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
+    table.add_row("training", f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s, {rate}")
+    out.print(table)
+    if report:
+        out.print(f"What the latents respond to: [bold]{output / 'features.md'}[/]")
+        out.print(f"Plots: {output / 'loss.png'}, {output / 'density.png'}")
+    out.print(f'Load it: sparsekern.SAE.from_pretrained("{output / "sae"}")', highlight=False)

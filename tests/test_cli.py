@@ -1,0 +1,237 @@
+"""The command line, end to end on a small store."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparsekern as sk
+from sparsekern.cli import EvalOptions, HarvestOptions, TrainOptions, app, parse
+from sparsekern.data import ActivationStore, StoreWriter
+from sparsekern.training import TrainConfig
+
+TRAIN = [
+    "--latents",
+    "64",
+    "--k",
+    "4",
+    "--steps",
+    "30",
+    "--batch-size",
+    "64",
+    "--lr",
+    "3e-3",
+    "--checkpoint-every",
+    "10",
+]
+
+
+def plain(result):
+    """Output without colours and with single spaces: rich wraps lines to the width of the terminal."""
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Contexts of 20 tokens; token t is direction t plus noise, so latents can find the tokens."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = [f"word{i}" for i in range(50)]
+    directions = torch.nn.functional.normalize(torch.randn(50, 16, generator=generator), dim=1)
+    ids = torch.randint(0, 50, (4000,), generator=generator)
+    x = directions[ids] + 0.05 * torch.randn(4000, 16, generator=generator)
+    writer = StoreWriter(tmp_path / "acts", dtype="float32", d=16, source={"model": "made", "hook": "up"}, vocab=vocab)
+    writer.add(x, ids.int(), [20] * 200)
+    writer.flush()
+    writer.finish()
+    return tmp_path / "acts"
+
+
+def test_train_then_eval(cli, store, tmp_path):
+    result = cli("train", store, "--output", "run", *TRAIN)
+    assert result.exit_code == 0, result.output
+    produced = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"sae", "metrics.jsonl", "summary.json", "loss.png", "density.png", "features.md"} <= produced
+    assert "What run learned" in plain(result)
+    assert "features.md" in plain(result)
+    page = (tmp_path / "run" / "features.md").read_text()
+    assert page.count("## Latent") == 40
+    assert "**⟦word" in page
+    for name in ("loss.png", "density.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+    measured = cli("eval", "run/sae", store, "--json", "eval.json")
+    assert measured.exit_code == 0, measured.output
+    again = json.loads((tmp_path / "eval.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["fvu"] == pytest.approx(summary["heldout_fvu"], rel=1e-6), (
+        "eval must use the split of the training run"
+    )
+    whole = cli("eval", "run/sae", store, "--held-out", 1)
+    assert "on 4,000 tokens" in plain(whole)
+
+
+def test_a_config_file_sets_options_and_a_flag_wins(cli, store, tmp_path):
+    (tmp_path / "run.yaml").write_text("latents: 48\nk: 3\nsteps: 6\nbatch-size: 64\nlr: 1e-3\nreport: false\n")
+    (tmp_path / "run.toml").write_text("latents = 48\nk = 3\nsteps = 6\nbatch_size = 64\nlr = 1e-3\nreport = false\n")
+    for file in ("run.yaml", "run.toml"):
+        result = cli("train", store, "--output", f"out-{file}", "--config", file, "--k", 5)
+        assert result.exit_code == 0, result.output
+        summary = json.loads((tmp_path / f"out-{file}" / "summary.json").read_text())
+        assert summary["sae"]["d_sae"] == 48
+        assert summary["sae"]["activation"]["k"] == 5
+        assert summary["train"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("latnets: 48\n", "unknown option 'latnets'; did you mean 'latents'?"),
+        ("latents: many\n", "latents: Input should be a valid integer"),
+        ("k: 0\n", "k must be at least 1, got 0"),
+        ("optimizer: sgd\n", "optimizer must be one of adam, got 'sgd'"),
+        ("- 3\n", "must hold `name: value` pairs"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_bad_config_files(cli, store, tmp_path, content, message):
+    (tmp_path / "run.yaml").write_text(content)
+    result = cli("train", store, "--output", "run", "--config", "run.yaml")
+    assert result.exit_code == 2
+    assert message in plain(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_messages_not_tracebacks(cli, store, tmp_path):
+    (tmp_path / "broken").mkdir()
+    for arguments, message in [
+        (["train", store, "--output", "run", "--latents", 64, "--k", 65], "k must be at most d_sae=64, got 65"),
+        (["train", "nowhere", "--output", "run"], "nowhere"),
+        (["train", store, "--output", "run", "--resume"], "holds no checkpoint to resume from"),
+        (["train", store, "--output", "run", "--config", "none.yaml"], "none.yaml cannot be read"),
+        (["eval", "nowhere", store], "neither a folder nor a Hub id"),
+        (["eval", "broken", store], "holds no config.json"),
+        (["harvest", "new", "--model", "no-such-model", "--texts", tmp_path / "broken"], "broken"),
+    ]:
+        result = cli(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in plain(result)
+        assert "Traceback" not in result.output
+
+
+def test_a_run_is_kept_resumed_and_overwritten(cli, store):
+    arguments = ["train", store, "--output", "run", "--no-report", *TRAIN]
+    assert cli(*arguments).exit_code == 0
+    assert "holds a run already" in plain(cli(*arguments))
+    assert cli(*arguments, "--resume").exit_code == 0
+    refused = cli(*arguments, "--resume", "--lr", "0.5")
+    assert "another configuration (train.lr: 0.003 there, 0.5 now)" in plain(refused)
+    assert cli(*arguments, "--overwrite").exit_code == 0
+
+
+def test_a_corrupted_shard_is_found_before_training(cli, store, tmp_path):
+    (shard,) = store.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    result = cli("train", store, "--output", "run", *TRAIN)
+    assert result.exit_code == 2
+    assert shard.name in plain(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_harvest_imports_activations(cli, tmp_path):
+    (tmp_path / "in").mkdir()
+    x = np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32)
+    np.save(tmp_path / "in" / "a.npy", x)
+    result = cli("harvest", "acts", "--activations", "in", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "700 tokens of width 6" in plain(result)
+    rows = ActivationStore(tmp_path / "acts").rows(0, 700)
+    np.testing.assert_allclose(rows.numpy(), x, atol=2e-3)
+    x[5, 2] = np.nan
+    np.save(tmp_path / "in" / "a.npy", x)
+    result = cli("harvest", "bad", "--activations", "in")
+    assert result.exit_code == 2
+    assert "5" in plain(result)
+
+
+def test_harvest_runs_the_embedded_model_over_text_files(cli, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("The file could not be opened because it does not exist. " * 5)
+    result = cli("harvest", "acts", "--texts", "texts")
+    assert result.exit_code == 0, result.output
+    store = ActivationStore(tmp_path / "acts")
+    assert store.d == 384
+    assert "could not be opened" in store.context_text(0)
+    (tmp_path / "texts" / "empty.txt").write_text("")
+    result = cli("harvest", "other", "--texts", "texts")
+    assert result.exit_code == 2
+    assert "empty.txt" in plain(result)
+    assert not (tmp_path / "other").exists()
+
+
+def test_ctrl_c_then_resume(store, tmp_path):
+    """A real process and a real signal; the continued run ends on the same bits as one that was left alone."""
+    command = [sys.executable, "-m", "sparsekern", "train", str(store), "--no-report", *TRAIN]
+    command += ["--steps", "400", "--log-every", "1", "--output"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    run = subprocess.Popen(
+        [*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    metrics, deadline = tmp_path / "parts" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline, "the run never began"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    subprocess.run([*command, str(tmp_path / "parts"), "--resume"], check=True, capture_output=True)
+    one, two = (sk.SAE.from_pretrained(tmp_path / name / "sae").state_dict() for name in ("whole", "parts"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize("command", ["harvest", "train", "eval"])
+def test_help_shows_every_option_with_type_and_default(cli, command):
+    shown = plain(cli(command, "--help"))
+    options = {"harvest": HarvestOptions, "train": TrainOptions, "eval": EvalOptions}[command]
+    for name in options.names():
+        assert f"--{name.replace('_', '-')}" in shown
+    if command == "train":
+        assert "[default: (2048 tokens)]" in shown
+        assert "<float> peak learning rate" in shown
+
+
+def test_doctor_names_a_backend_for_every_op(cli):
+    shown = plain(cli("doctor"))
+    for op in ("topk_encode", "sparse_decode", "gather_dot", "scatter_outer"):
+        assert op in shown
+    assert "✓" in shown
+
+
+def test_options_are_coerced_and_checked_in_one_place():
+    assert parse(TrainOptions, {"lr": "1e-3", "steps": "7"}).lr == 1e-3
+    with pytest.raises(ValueError, match="held_out must be below 1"):
+        parse(TrainOptions, {"held_out": 1.0})
+    assert set(TrainConfig.names()) <= set(TrainOptions.names())
