@@ -132,9 +132,29 @@ def test_geometric_median_resists_outliers():
     for step in 0.05 * torch.eye(3).double():
         assert (x - median - step).norm(dim=1).sum() > best
         assert (x - median + step).norm(dim=1).sum() > best
-    sae = make(d_in=3)
-    sae.init_b_dec_(x)
-    torch.testing.assert_close(sae.b_dec.data, geometric_median(x))
+
+
+def test_the_fitted_start_is_the_best_scale_around_the_centre():
+    x = 5 + torch.randn(200, 12)
+    for center, expected in {
+        "geometric_median": geometric_median(x),
+        "mean": x.mean(0),
+        "zeros": torch.zeros(12),
+    }.items():
+        sae = make(k=8)
+        sae.fit_start_(x, center)
+        torch.testing.assert_close(sae.b_dec.data, expected)
+        start = sae.W_enc.detach().clone()
+
+        def error(scale, sae=sae, start=start):
+            with torch.no_grad():
+                sae.W_enc.copy_(scale * start)
+                return (x - sae(x)).square().sum()
+
+        assert error(1.0) < min(error(0.9), error(1.1))
+    constant = make()
+    constant.fit_start_(torch.ones(5, 12))
+    torch.testing.assert_close(constant.W_enc, make().W_enc)
 
 
 def test_autocast_leaves_codes_exact_and_gradients_float32():
@@ -188,7 +208,7 @@ def test_target_other_than_x():
         (lambda: make().loss(torch.ones(0, 12)), "x must hold at least"),
         (lambda: make().loss(torch.ones(1, 12)), "at least two tokens"),
         (lambda: make().loss(torch.ones(3, 12), torch.ones(2, 12)), "target must have the shape of x"),
-        (lambda: make().init_b_dec_(torch.full((3, 12), float("nan"))), "x holds NaN or infinity, first in row 0"),
+        (lambda: make().fit_start_(torch.full((3, 12), float("nan"))), "x holds NaN or infinity, first in row 0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

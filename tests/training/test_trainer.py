@@ -16,7 +16,7 @@ def test_steps_equal_the_written_out_loop():
     batches = torch.randn(6, 40, 10)
     mine, theirs = make(dead_after=50), make(dead_after=50)
     trainer = sk.Trainer(mine, lr=1e-2, steps=6, warmup_steps=2, decay_share=0.5, clip_norm=0.05)
-    theirs.init_b_dec_(batches[0])
+    theirs.fit_start_(batches[0])
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2, fused=True)
     for step, x in enumerate(batches):
         stats = trainer.step(x)
@@ -85,12 +85,13 @@ def test_bad_input_changes_nothing():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_b_dec_of_a_trained_module_is_left_alone():
+def test_the_start_of_a_trained_module_is_left_alone():
     sae = make()
     with torch.no_grad():
         sae.b_dec.fill_(5.0)
     sk.Trainer(sae, lr=1e-12).step(torch.randn(20, 10))
     torch.testing.assert_close(sae.b_dec.data, torch.full((10,), 5.0))
+    torch.testing.assert_close(sae.W_enc.data, make().W_enc.data)
 
 
 def test_schedule():
