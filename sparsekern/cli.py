@@ -50,7 +50,7 @@ class HarvestOptions(Options):
     activations: Path | None = option(None, "instead of running a model: a folder of .npy or .safetensors activations")
     dtype: str = option("float32", "of the numbers on disk", choices=("float32", "float16", "bfloat16"))
     context_length: int = option(128, "longest context", unit="tokens", at_least=3)
-    batch_contexts: int = option(32, "contexts run at a time", at_least=1)
+    batch_tokens: int = option(4096, "run at a time, padding included", unit="tokens", at_least=1)
     shard_tokens: int = option(65536, "size of a shard", unit="tokens", at_least=1)
     drop_special: bool = option(True, "leave special tokens such as [CLS] out")
     max_tokens: int | None = option(None, "stop after as many", unit="tokens", at_least=1)

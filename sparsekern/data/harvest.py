@@ -41,7 +41,7 @@ def harvest(
     hook: str | None = None,
     dtype: str = "float32",
     context_length: int = 128,
-    batch_contexts: int = 32,
+    batch_tokens: int = 4096,
     shard_tokens: int = 65536,
     drop_special: bool = True,
     max_tokens: int | None = None,
@@ -70,8 +70,8 @@ def harvest(
         ``"float32"``, ``"float16"`` or ``"bfloat16"``: how activations are stored. The model runs in float32.
     context_length
         Most tokens of a context, special ones included; longer texts become several contexts.
-    batch_contexts
-        Contexts that run through the model at a time.
+    batch_tokens
+        Tokens that run through the model at a time, padding included: many short contexts, or few long ones.
     shard_tokens
         Tokens after which a shard is closed.
     drop_special
@@ -98,7 +98,7 @@ def harvest(
         If transformers is not installed.
     """
     for name, value in [
-        ("batch_contexts", batch_contexts),
+        ("batch_tokens", batch_tokens),
         ("shard_tokens", shard_tokens),
         ("max_tokens", max_tokens),
     ]:
@@ -119,7 +119,7 @@ def harvest(
             "hook": runner.hook,
             "context_length": context_length,
             "drop_special": drop_special,
-            "batch_contexts": batch_contexts,
+            "batch_tokens": batch_tokens,
             "shard_tokens": shard_tokens,
             "max_tokens": max_tokens,
             "texts": len(texts),
@@ -129,7 +129,7 @@ def harvest(
         shard_tokens=shard_tokens,
     )
     if not writer.complete:
-        _run(writer, runner, texts, batch_contexts, max_tokens, progress)
+        _run(writer, runner, texts, batch_tokens, max_tokens, progress)
     return ActivationStore(output, verify=False)  # the writer has verified what it did not write itself
 
 
@@ -137,7 +137,7 @@ def _run(
     writer: StoreWriter,
     runner: _Runner,
     texts: Sequence[str],
-    batch_contexts: int,
+    batch_tokens: int,
     max_tokens: int | None,
     progress: Progress | None,
 ) -> None:
@@ -148,21 +148,35 @@ def _run(
         window_characters = sum(map(len, window_texts))
         characters_left -= window_characters
         chunks = sorted(runner.chunks(window_texts), key=lambda chunk: len(chunk[0]))  # little padding; stable
-        tokens = [sum(keep) for _, keep in chunks]
+        batches = _batches(chunks, batch_tokens)
         first = first_batch if window == first_window else 0
         # What is stored, what is left of this window, and an estimate of what the later texts will give.
-        total = writer.tokens + sum(tokens[first * batch_contexts :])
-        total += sum(tokens) * characters_left // window_characters
-        for batch in range(first, -(-len(chunks) // batch_contexts)):
-            writer.add(*runner(chunks[batch * batch_contexts : (batch + 1) * batch_contexts]))
+        total = writer.tokens + sum(map(_stored, batches[first:]))
+        total += _stored(chunks) * characters_left // window_characters
+        for number, batch in enumerate(batches[first:], start=first + 1):
+            writer.add(*runner(batch))
             if progress is not None:
                 progress(writer.tokens, total if max_tokens is None else min(total, max(max_tokens, writer.tokens)))
             if max_tokens is not None and writer.tokens >= max_tokens:
                 writer.finish()
                 return
             if writer.full:
-                writer.flush(cursor=[window, batch + 1])
+                writer.flush(cursor=[window, number])
     writer.finish()
+
+
+def _batches(chunks: Sequence[Chunk], batch_tokens: int) -> list[Sequence[Chunk]]:
+    """Cut contexts, sorted by length, into batches of up to so many padded tokens, or of one context."""
+    batches, start = [], 0
+    for end, (ids, _) in enumerate(chunks):
+        if end > start and (end + 1 - start) * len(ids) > batch_tokens:
+            batches.append(chunks[start:end])
+            start = end
+    return [*batches, chunks[start:]] if chunks else []
+
+
+def _stored(chunks: Sequence[Chunk]) -> int:
+    return sum(sum(keep) for _, keep in chunks)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

@@ -42,8 +42,8 @@ class SAE(nn.Module):
 
     Called as a module it returns the reconstruction, so that it drops into a forward hook.
 
-    Encoder and decoder start equal, with rows of unit norm, and ``b_dec`` at zero; :meth:`fit_start_` fits that to data.
-    The decoder rows are meant to stay at unit norm: call :meth:`project_decoder_grad_` before and
+    Encoder and decoder start equal, with rows of unit norm, and ``b_dec`` at zero; :meth:`fit_start_` fits that to
+    data. The decoder rows are meant to stay at unit norm: call :meth:`project_decoder_grad_` before and
     :meth:`normalize_decoder_` after each step of the optimizer. :class:`sparsekern.Trainer` does all three.
 
     Parameters
@@ -152,12 +152,9 @@ class SAE(nn.Module):
         target : Tensor [..., d_in] or None
             What to reconstruct; `x` by default.
         """
-        target = x if target is None else target
-        if target.shape != x.shape:
-            raise ValueError(f"target must have the shape of x, {tuple(x.shape)}, got {tuple(target.shape)}")
-        if x.numel() == x.shape[-1]:
-            raise ValueError("x must hold at least two tokens: the variance of one token is zero")
-        x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1, x.shape[-1])
+        self.check_batch(x, target)
+        x = x.reshape(-1, self.d_in)
+        target = x if target is None else target.reshape(-1, self.d_in)
         centred = self._centred(x)
         codes = self.activation.encode(centred, self.W_enc, self.b_enc)
         residual = target - self.decode(codes)
@@ -179,11 +176,22 @@ class SAE(nn.Module):
         """Latents that have not fired for `dead_after` tokens of training: ``[d_sae]`` bool."""
         return self.tokens_since_fired >= self.dead_after
 
-    def _centred(self, x: Tensor) -> Tensor:
+    def check_batch(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Raise ValueError where :meth:`loss` cannot take this batch; values are looked at later, by the op."""
+        self._check_x(x)
+        if x.numel() <= self.d_in:
+            raise ValueError(f"x must hold at least two tokens to have a variance, got shape {tuple(x.shape)}")
+        if target is not None and target.shape != x.shape:
+            raise ValueError(f"target must have the shape of x, {tuple(x.shape)}, got {tuple(target.shape)}")
+
+    def _check_x(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x must have {self.d_in} columns (d_in), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {x.dtype}; use x.float()")
+
+    def _centred(self, x: Tensor) -> Tensor:
+        self._check_x(x)
         return x - self.b_dec if self.pre_bias else x
 
     def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ class TrainerConfig(Options):
     decay_share: float = option(
         0.2, "final share of the run over which the learning rate falls to 0", at_least=0, at_most=1
     )
-    b_dec_init: str = option(
-        "geometric_median", "start of b_dec, from the first batch", choices=("geometric_median", "mean", "zeros")
-    )
+    fit_start: bool = option(True, "fit b_dec and the encoder's scale to the first batch, if both biases are still 0")
+    b_dec_init: str = option("geometric_median", "where that puts b_dec", choices=("geometric_median", "mean", "zeros"))
 
 
 @dataclass(frozen=True, kw_only=True)

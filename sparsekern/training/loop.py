@@ -128,6 +128,7 @@ def train(
             Progress("train", config.steps * config.batch_size, done=trainer.tokens_seen, shown=progress) as bar,
         ):
             timer, batches, evaluation = _Timer(), iter(loader), None
+            bar.update(trainer.tokens_seen)
             while trainer.steps_done < config.steps:
                 stats = trainer.step(next(batches))
                 timer.add(config.batch_size)

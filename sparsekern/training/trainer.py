@@ -87,7 +87,9 @@ class Trainer:
         """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
         sae, config = self.sae, self.config
         x = x.to(sae.W_enc.device)
-        if self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any():  # fresh: nothing learned to lose
+        sae.check_batch(x, target)
+        fresh = self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any()
+        if config.fit_start and fresh:
             sae.fit_start_(x, config.b_dec_init)
         out = sae.train().loss(x, target)
         self.optimizer.zero_grad(set_to_none=True)

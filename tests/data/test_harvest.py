@@ -52,7 +52,7 @@ def texts():
 def options(tiny_model, texts, monkeypatch):
     """Settings under which a harvest takes several windows and shards."""
     monkeypatch.setattr(harvest_module, "_WINDOW", 20)
-    return {"model": tiny_model, "texts": texts, "context_length": 16, "batch_contexts": 4, "shard_tokens": 150}
+    return {"model": tiny_model, "texts": texts, "context_length": 16, "batch_tokens": 64, "shard_tokens": 150}
 
 
 def digests(store):
@@ -175,8 +175,8 @@ def test_a_complete_store_is_reused(options, tmp_path):
     calls = []
     harvest(tmp_path / "s", **options, progress=lambda *call: calls.append(call))
     assert calls == []
-    with pytest.raises(StoreError, match="another source: batch_contexts is 4 there and 8 here"):
-        harvest(tmp_path / "s", **{**options, "batch_contexts": 8})
+    with pytest.raises(StoreError, match="another source: batch_tokens is 64 there and 128 here"):
+        harvest(tmp_path / "s", **{**options, "batch_tokens": 128})
     with pytest.raises(StoreError, match="texts_sha256"):
         harvest(tmp_path / "s", **{**options, "texts": options["texts"][::-1]})
 
@@ -193,7 +193,7 @@ def test_a_complete_store_is_reused(options, tmp_path):
         ({"model": "./no/such/folder"}, f"'./no/such/folder' cannot be loaded .*'{EMBEDDED_MODEL}'"),
         ({"context_length": 2}, "context_length must be in 3 … 128"),
         ({"context_length": 129}, "context_length must be in 3 … 128"),
-        ({"batch_contexts": 0}, "batch_contexts"),
+        ({"batch_tokens": 0}, "batch_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"dtype": "int8"}, "dtype must be"),
     ],
@@ -298,3 +298,10 @@ def test_import_of_other_things(tmp_path):
     save_file({"ids": torch.ones(3, 2, dtype=torch.int32)}, tmp_path / "in" / "a.safetensors")
     with pytest.raises(ValueError, match=r"a\.safetensors \(ids\) is not floating-point"):
         import_activations(tmp_path / "s", tmp_path / "in")
+
+
+def test_batches_hold_many_short_contexts_or_few_long_ones():
+    chunks = [([0] * length, [True] * length) for length in (1, 1, 2, 3, 4, 4, 9, 9)]
+    batches = harvest_module._batches(chunks, 8)
+    assert [[len(ids) for ids, _ in batch] for batch in batches] == [[1, 1, 2], [3, 4], [4], [9], [9]]
+    assert harvest_module._batches([], 8) == []

@@ -205,7 +205,7 @@ def test_target_other_than_x():
         (lambda: make(aux_coefficient=-1), "aux_coefficient must not be negative"),
         (lambda: make()(torch.ones(3, 11)), "x must have 12 columns"),
         (lambda: make().loss(torch.ones(3, 12, dtype=torch.int32)), "x must be a floating-point tensor"),
-        (lambda: make().loss(torch.ones(0, 12)), "x must hold at least"),
+        (lambda: make().loss(torch.ones(0, 12)), "x must hold at least two tokens"),
         (lambda: make().loss(torch.ones(1, 12)), "at least two tokens"),
         (lambda: make().loss(torch.ones(3, 12), torch.ones(2, 12)), "target must have the shape of x"),
         (lambda: make().fit_start_(torch.full((3, 12), float("nan"))), "x holds NaN or infinity, first in row 0"),

@@ -85,12 +85,27 @@ def test_bad_input_changes_nothing():
         assert torch.equal(tensor, before[name]), name
 
 
+def test_bad_input_to_the_first_step_changes_nothing_either():
+    sae = make()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    trainer = sk.Trainer(sae)
+    nan = torch.full((20, 10), float("nan"))
+    for arguments in [(torch.randn(20, 10), torch.randn(19, 10)), (torch.randn(1, 10),), (nan,)]:
+        with pytest.raises(ValueError, match=r"target must|two tokens|first in row 0"):
+            trainer.step(*arguments)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_the_start_of_a_trained_module_is_left_alone():
     sae = make()
     with torch.no_grad():
         sae.b_dec.fill_(5.0)
     sk.Trainer(sae, lr=1e-12).step(torch.randn(20, 10))
     torch.testing.assert_close(sae.b_dec.data, torch.full((10,), 5.0))
+    torch.testing.assert_close(sae.W_enc.data, make().W_enc.data)
+    sae = make()
+    sk.Trainer(sae, lr=1e-12, fit_start=False).step(torch.randn(20, 10))
     torch.testing.assert_close(sae.W_enc.data, make().W_enc.data)
 
 
