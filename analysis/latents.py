@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from sparsekern.data import ActivationStore
 from sparsekern.progress import Progress
 
 _BATCH = 8192
-_CANDIDATES = 8  # times the contexts wanted: not every strong pre-activation is among its token's top k
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,18 @@ class Activating:
 
 @torch.no_grad()
 def top_contexts(
-    sae: SAE, store: ActivationStore, latents: Tensor, count: int = 10, progress: bool = False
+    sae: SAE,
+    store: ActivationStore,
+    latents: Tensor,
+    count: int = 10,
+    candidates: int = 640,
+    progress: bool = False,
 ) -> dict[int, list[Activating]]:
     """The `count` contexts of `store` in which each of `latents` is most active, one token a context.
 
     A latent's activation is its pre-activation where that is among the k kept ones. So the tokens are ranked by
     pre-activation, which costs ``len(latents)`` columns instead of all, and only the leading candidates are encoded.
+    What is found is exact; what a latent does beyond its candidates is not found.
 
     Parameters
     ----------
@@ -56,7 +62,10 @@ def top_contexts(
     latents : Tensor [n] of ints
         Which latents.
     count : int
-        Contexts a latent; fewer come back where fewer are among the candidates.
+        Contexts a latent; fewer come back where fewer are found.
+    candidates : int
+        Tokens encoded for each latent, those of its largest pre-activations. A latent that often loses to others needs
+        more of them.
     progress : bool
         Show progress.
 
@@ -66,7 +75,6 @@ def top_contexts(
         For each latent its tokens, strongest first.
     """
     latents = latents.to(sae.W_enc.device).long()
-    keep = min(count * _CANDIDATES, store.tokens)
     best = torch.empty(0, len(latents), device=latents.device)
     rows = torch.empty(0, len(latents), dtype=torch.int64, device=latents.device)
     with Progress("strongest contexts", store.tokens, shown=progress) as bar:
@@ -75,18 +83,18 @@ def top_contexts(
             pre = (x - sae.b_dec if sae.pre_bias else x) @ sae.W_enc[latents].T + sae.b_enc[latents]
             merged = torch.cat([best, pre])
             merged_rows = torch.cat([rows, (start + torch.arange(len(x), device=x.device))[:, None].expand_as(pre)])
-            best, order = merged.topk(min(keep, len(merged)), dim=0)
+            best, order = merged.topk(min(candidates, len(merged)), dim=0)
             rows = merged_rows.gather(0, order)
             bar.update(start + len(x))
     bounds = store.context_bounds
     found = {}
     for column, latent in enumerate(latents.tolist()):
-        candidates = rows[:, column].tolist()
-        x = torch.cat([store.rows(row, row + 1) for row in candidates]).to(latents.device)
+        leading = rows[:, column].tolist()
+        x = torch.cat([store.rows(row, row + 1) for row in leading]).to(latents.device)
         codes = sae.encode(x)
         values = torch.where(codes.indices == latent, codes.values, 0).sum(1).tolist()
         seen: dict[int, Activating] = {}
-        for row, value in sorted(zip(candidates, values, strict=True), key=lambda pair: -pair[1]):
+        for row, value in sorted(zip(leading, values, strict=True), key=lambda pair: -pair[1]):
             context = int(torch.searchsorted(bounds, row, right=True)) - 1
             if value > 0 and context not in seen and len(seen) < count:
                 seen[context] = Activating(value, row, context, row - int(bounds[context]))
@@ -110,7 +118,7 @@ def describe_latents(
     The latents are not picked by hand: they are evenly spaced by rank of density among those that fire.
     """
     latents = spread_by_density(density, count)
-    found = top_contexts(sae, store, latents, contexts, progress)
+    found = top_contexts(sae, store, latents, contexts, progress=progress)
     lines = [
         "# What the latents respond to",
         "",
@@ -123,9 +131,15 @@ def describe_latents(
         tokens = found[latent]
         common = Counter(store.token_text(a.row) for a in tokens).most_common(5)
         words = ", ".join(f"`{word}`" + (f" ×{n}" if n > 1 else "") for word, n in common)
-        lines += [f"## Latent {latent} · density {density[latent]:.2%} · {words}", ""]
+        lines += [f"## Latent {latent} · density {100 * density[latent]:.2g}% · {words}", ""]
         for a in tokens:
-            text = store.context_text(a.context, mark=a.position, window=16)
-            lines.append(f"- {a.value:.2f} · {text}")
+            text = store.context_text(a.context, mark=a.position, marks=("⟦", "⟧"), window=16)
+            lines.append(f"- {a.value:.2f} · {_markdown(text)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """A context on one line, its signs of markup shown as they are and its marked token in bold."""
+    text = re.sub(r"(?<=\S)[\\`*_<]|[\\`*_<](?=\S)", r"\\\g<0>", " ".join(text.split()))
+    return text.replace("⟦", "**⟦").replace("⟧", "⟧**")

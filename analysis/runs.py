@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +40,26 @@ def write_report(folder: str | Path, store: ActivationStore, progress: bool = Fa
 def plot_loss(rows: list[dict[str, float]], summary: dict[str, Any], path: Path) -> None:
     """FVU against tokens, on training batches and held out, with the PCA bar."""
     figure, axes = _figure()
+    from matplotlib.ticker import EngFormatter
+
     train = [row for row in rows if "fvu" in row]
     held_out = [row for row in rows if "heldout_fvu" in row]
     axes.plot([r["tokens"] for r in train], [r["fvu"] for r in train], lw=1, color="0.6", label="training batches")
     axes.plot([r["tokens"] for r in held_out], [r["heldout_fvu"] for r in held_out], "o-", color="C0", label="held out")
-    axes.axhline(summary["pca_fvu"], color="C3", ls="--", lw=1)
-    axes.text(
-        train[-1]["tokens"],
-        summary["pca_fvu"],
-        f"PCA, {summary['pca_components']} components: {summary['pca_fvu']:.3f} ",
-        ha="right",
-        va="bottom",
-        color="C3",
-        fontsize=9,
-    )
+    label = f"PCA, {summary['pca_components']} components: {summary['pca_fvu']:.3f}"
+    axes.axhline(summary["pca_fvu"], color="C3", ls="--", lw=1, label=label)
     axes.annotate(
         f"{summary['heldout_fvu']:.3f}",
         (held_out[-1]["tokens"], held_out[-1]["heldout_fvu"]),
         textcoords="offset points",
-        xytext=(-4, 9),
+        xytext=(0, 9),
         ha="right",
         color="C0",
     )
-    axes.set(xlabel="tokens", ylabel="fraction of variance unexplained", yscale="log")
+    axes.set(xlabel="tokens", ylabel="fraction of variance unexplained", ylim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(f"{summary['sae']['d_sae']:,} latents on {summary['sae']['d_in']} dimensions", fontsize=10)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False)
     figure.savefig(path)
 
 
@@ -73,8 +67,7 @@ def plot_density(density: Tensor, summary: dict[str, Any], path: Path) -> None:
     """Histogram of the log density of the latents that fire; the silent ones are counted in the title."""
     figure, axes = _figure()
     logs = density[density > 0].log10()
-    low = math.floor(float(logs.min())) if len(logs) else -1
-    axes.hist(logs.numpy(), bins=60, range=(low, 0), color="C0")
+    axes.hist(logs.numpy(), bins=40, color="C0")
     silent = int((density == 0).sum())
     axes.set(xlabel="log₁₀ share of held-out tokens on which a latent fires", ylabel="latents")
     axes.set_title(
