@@ -17,7 +17,9 @@ from sparsekern.training import read_metrics
 
 
 def write_report(folder: str | Path, store: ActivationStore, progress: bool = False) -> list[Path]:
-    """Write the report of the finished run in `folder`, trained on `store`; returns the files.
+    """Write the report of the finished run in `folder`, trained on `store`; returns the files, the page first.
+
+    Imported activations have no tokens to show: then there is no ``features.md``.
 
     Raises
     ------
@@ -30,11 +32,14 @@ def write_report(folder: str | Path, store: ActivationStore, progress: bool = Fa
     summary = json.loads((folder / "summary.json").read_text())
     density = load_file(folder / "density.safetensors")["density"]
     sae = SAE.from_pretrained(folder / "sae")
+    written = []
+    if (store.token_ids >= 0).any():
+        page = describe_latents(sae, store, density, progress=progress)
+        written.append(folder / "features.md")
+        write_atomically(written[-1], page.encode())
     plot_loss(read_metrics(folder), summary, folder / "loss.png")
     plot_density(density, summary, folder / "density.png")
-    page = describe_latents(sae, store, density, progress=progress)
-    write_atomically(folder / "features.md", page.encode())
-    return [folder / name for name in ("loss.png", "density.png", "features.md")]
+    return [*written, folder / "loss.png", folder / "density.png"]
 
 
 def plot_loss(rows: list[dict[str, float]], summary: dict[str, Any], path: Path) -> None:

@@ -206,7 +206,10 @@ def harvest_command(
         else:
             settings = {k: v for k, v in options.to_dict().items() if k not in ("texts", "activations")}
             texts = None if options.texts is None else read_texts(options.texts)
-            store = harvest(output, texts=texts, progress=bar.update, **settings)
+            try:
+                store = harvest(output, texts=texts, progress=bar.update, **settings)
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(f"finished shards are kept in {output}; the same command goes on") from stop
     out.print(f"{store.tokens:,} tokens of width {store.d} in {store.n_contexts:,} contexts → [bold]{output}[/]")
 
 
@@ -238,9 +241,8 @@ def train_command(
     )
     loop = {name: getattr(options, name) for name in TrainConfig.names()}
     result = sk.train(sae, store, output=output, resume=resume, overwrite=overwrite, **loop)
-    if options.report:
-        runs.write_report(output, store, progress=True)
-    _print_summary(result.summary, output, options.report)
+    written = runs.write_report(output, store, progress=True) if options.report else []
+    _print_summary(result.summary, output, written)
 
 
 @command(EvalOptions)
@@ -300,7 +302,7 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _print_summary(summary: dict[str, Any], output: Path, report: bool) -> None:
+def _print_summary(summary: dict[str, Any], output: Path, written: list[Path]) -> None:
     """What the run learned, and where to look."""
     fvu, pca = summary["heldout_fvu"], summary["pca_fvu"]
     table = Table("held out", "", title=f"What {output} learned", title_justify="left")
@@ -312,7 +314,6 @@ def _print_summary(summary: dict[str, Any], output: Path, report: bool) -> None:
     rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
     table.add_row("training", f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s, {rate}")
     out.print(table)
-    if report:
-        out.print(f"What the latents respond to: [bold]{output / 'features.md'}[/]")
-        out.print(f"Plots: {output / 'loss.png'}, {output / 'density.png'}")
+    if written:
+        out.print(f"Look at {', '.join(f'[bold]{path}[/]' for path in written)}", soft_wrap=True)
     out.print(f'Load it: sparsekern.SAE.from_pretrained("{output / "sae"}")', highlight=False)

@@ -70,7 +70,7 @@ def test_train_then_eval(cli, store, tmp_path):
     produced = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"sae", "metrics.jsonl", "summary.json", "loss.png", "density.png", "features.md"} <= produced
     assert "What run learned" in plain(result)
-    assert "features.md" in plain(result)
+    assert "Look at run/features.md, run/loss.png, run/density.png" in plain(result)
     page = (tmp_path / "run" / "features.md").read_text()
     assert page.count("## Latent") == 40
     assert "**⟦word" in page
@@ -173,6 +173,15 @@ def test_harvest_imports_activations(cli, tmp_path):
     assert "5" in plain(result)
 
 
+def test_imported_activations_train_without_a_page_of_contexts(cli, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32))
+    assert cli("harvest", "acts", "--activations", "a.npy").exit_code == 0
+    result = cli("train", "acts", "--output", "run", *TRAIN)
+    assert result.exit_code == 0, result.output
+    assert "Look at run/loss.png, run/density.png" in plain(result)
+    assert not (tmp_path / "run" / "features.md").exists()
+
+
 def test_harvest_runs_the_embedded_model_over_text_files(cli, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "texts").mkdir()
@@ -210,6 +219,32 @@ def test_ctrl_c_then_resume(store, tmp_path):
     one, two = (sk.SAE.from_pretrained(tmp_path / name / "sae").state_dict() for name in ("whole", "parts"))
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_harvest_then_the_same_command_again(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(300):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"Text {number} is about opening files. " * (1 + number % 9))
+    command = [sys.executable, "-m", "sparsekern", "harvest", "--texts", str(tmp_path / "texts")]
+    command += ["--shard-tokens", "500", "--batch-tokens", "200"]
+    run = subprocess.Popen(
+        [*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "parts").glob("shard-*.safetensors")):
+        assert time.monotonic() < deadline, "the harvest never began"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "the same command goes on" in errors
+    with pytest.raises(ValueError, match="same harvest again"):
+        ActivationStore(tmp_path / "parts")
+    subprocess.run([*command, str(tmp_path / "parts")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    parts, whole = (ActivationStore(tmp_path / name).manifest["shards"] for name in ("parts", "whole"))
+    assert [shard["sha256"] for shard in parts] == [shard["sha256"] for shard in whole]
 
 
 @pytest.mark.parametrize("command", ["harvest", "train", "eval"])

@@ -150,14 +150,15 @@ def test_opcheck_gradcheck_and_double_backward():
     assert torch.autograd.gradgradcheck(values, (x, weight, bias))
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(backend):
     x, weight, bias = torch.randn(8, 16), torch.randn(64, 16, requires_grad=True), torch.randn(64)
 
     def loss(x, weight, bias):
         codes = sk.topk_encode(x, weight, bias, 4)
         return sk.sparse_decode(codes, weight).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x, weight, bias), loss(x, weight, bias))
     (mine,) = torch.autograd.grad(compiled(x, weight, bias), weight)
     (theirs,) = torch.autograd.grad(loss(x, weight, bias), weight)
