@@ -287,7 +287,7 @@ class SAE(nn.Module):
 
 def _fvu(residual: Tensor, target: Tensor) -> Tensor:
     """Fraction of the batch variance of `target` ``[B, d]`` that `residual` leaves, in float32 at least."""
-    if residual.dtype in (torch.float16, torch.bfloat16):
-        residual, target = residual.float(), target.float()
+    work = torch.promote_types(residual.dtype, torch.float32)
+    residual, target = residual.to(work), target.to(work)
     variance = (target - target.mean(0)).square().sum()
     return residual.square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)

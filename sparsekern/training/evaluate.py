@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sparsekern.modules import SAE
 
+_BLOCK = 8192  # rows that are held in float64 at a time
+
 HISTOGRAM_DECADES = range(-7, 1)
 """Edges of the density histogram, as powers of ten."""
 
@@ -105,11 +107,15 @@ def pca_fvu(train: Tensor, held_out: Tensor, components: int) -> float:
     The best that a *dense* linear code of that many numbers can do: the bar that a sparse code of `components` active
     latents has to clear.
     """
-    train, held_out = train.double(), held_out.double()
-    mean = train.mean(0)
-    centred = train - mean
-    _, axes = torch.linalg.eigh(centred.T @ centred)
-    axes = axes[:, -components:]
-    rest = held_out - mean
-    rest = rest - rest @ axes @ axes.T
-    return (rest.square().sum() / (held_out - held_out.mean(0)).square().sum()).item()
+    mean, own_mean = train.mean(0, dtype=torch.float64), held_out.mean(0, dtype=torch.float64)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=train.device)
+    for block in train.split(_BLOCK):
+        centred = block.double() - mean
+        covariance += centred.T @ centred
+    axes = torch.linalg.eigh(covariance).eigenvectors[:, -components:]
+    left = variance = 0.0
+    for block in held_out.split(_BLOCK):
+        centred = block.double() - mean
+        left += (centred.square().sum() - (centred @ axes).square().sum()).item()
+        variance += (block.double() - own_mean).square().sum().item()
+    return left / variance

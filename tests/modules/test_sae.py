@@ -168,6 +168,11 @@ def test_autocast_leaves_codes_exact_and_gradients_float32():
     assert sae.W_enc.grad.dtype == torch.float32
 
 
+def test_the_loss_of_half_precision_activations_is_computed_in_float32():
+    sae, x = make(), 10 + torch.randn(500, 12).bfloat16()
+    torch.testing.assert_close(sae.loss(x).total, sae.loss(x.float()).total)
+
+
 def test_compiled_encode_and_decode_agree():
     sae, x = make(), torch.randn(30, 12)
     compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")

@@ -39,6 +39,12 @@ def test_pca_fvu_is_the_tail_of_the_spectrum():
     values = torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0)
     assert pca_fvu(x, x, 2) == pytest.approx((values[2:].sum() / values.sum()).item(), rel=1e-6)
     assert pca_fvu(x, x, 6) == pytest.approx(0, abs=1e-9)
+    train, held_out = (torch.randn(20000, 6) + shift for shift in (4, 4.5))  # several blocks, another mean
+    axes = torch.pca_lowrank((train - train.mean(0)).double(), 6)[2][:, :3]
+    rest = (held_out - train.mean(0)).double()
+    rest -= rest @ axes @ axes.T
+    expected = rest.square().sum() / (held_out - held_out.mean(0)).double().square().sum()
+    assert pca_fvu(train, held_out, 3) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_too_little_data_is_refused():
