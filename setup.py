@@ -10,6 +10,7 @@ sparsekern._cuda (csrc/cuda)    CUDA kernels, when that folder has sources and n
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def native_extension() -> Extension:
             "-fvisibility=hidden",
             "-Wall",
         ],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", "-ldl"] if sys.platform == "linux" else ["-pthread"],
         language="c++",
         optional=True,
     )

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/parallel.h"
 #include "cpu/sparse_products.h"
 
 namespace py = pybind11;
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels. Private: call sparsekern's ops instead.";
     chosen_isa = choose_isa();
     m.def("isa", [] { return chosen_isa; }, "The instruction set that the kernels use.");
+    m.def("use_openmp", &use_openmp, "Borrow the threads of the OpenMP library at this path, if it is loaded.");
 
     m.def(
         "sparse_decode",

@@ -287,7 +287,9 @@ def doctor() -> None:
 
     for name, version in versions().items():
         out.print(f"{name} {version}", highlight=False)
-    out.print(f"{torch.get_num_threads()} threads, CPU kernels: {cpu.isa() or 'not built'}", highlight=False)
+    whose = "torch's own threads" if cpu.borrows_threads else "threads started for each call"
+    kernels = f"{cpu.isa()}, on {whose}" if cpu.isa() else "not built"
+    out.print(f"{torch.get_num_threads()} threads, CPU kernels: {kernels}", highlight=False)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table = Table("op", "device", "backend", "", "why")
     for device in devices:

@@ -1,33 +1,69 @@
-// Static work sharing over plain threads.
+// Sharing work over threads: those of torch where they can be had, else new ones.
 //
-// Not OpenMP: torch carries its own OpenMP runtime, and a second pool in the same process fights it for the cores.
-// Threads are started per call: that costs tens of microseconds, where the kernels below run for milliseconds, and it
-// leaves nothing behind that a fork (a DataLoader worker) could inherit in a broken state.
+// torch keeps a pool of OpenMP threads, and after each of its own loops they spin for a while, waiting for the next. A
+// second pool, or threads started beside it, would compete with them for the cores: kernels then run no faster on two
+// cores than on one. So the kernels borrow torch's pool. They are not linked with an OpenMP library, which could be
+// another copy than torch's: Python tells use_openmp() which one torch has loaded.
 #pragma once
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
 namespace sparsekern {
 
-// Calls body(begin, end, part) for `parts` contiguous ranges that cover [0, n); part 0 runs on the calling thread.
-template <class Body>
-void parallel_for(std::int64_t n, int threads, Body body) {
-    const int parts = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n)));
-    const auto bound = [n, parts](int part) { return n * part / parts; };
-    std::vector<std::thread> workers;
-    workers.reserve(parts - 1);
-    for (int part = 1; part < parts; ++part)
-        workers.emplace_back([&body, &bound, part] { body(bound(part), bound(part + 1), part); });
-    body(bound(0), bound(1), 0);
-    for (std::thread& worker : workers) worker.join();
+// libgomp's entry point behind `#pragma omp parallel`: runs work(data) on up to `threads` threads and waits for them.
+using OpenMPFork = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+inline OpenMPFork openmp_fork = nullptr;
+
+// Borrow the threads of the libgomp at `path`, if the process has it loaded. Returns whether it has.
+inline bool use_openmp(const char* path) {
+#if defined(__linux__)
+    if (void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD))
+        openmp_fork = reinterpret_cast<OpenMPFork>(dlsym(library, "GOMP_parallel"));
+#else
+    (void)path;
+#endif
+    return openmp_fork != nullptr;
 }
 
-// How many threads are worth starting for `flops` of work.
+// Calls body(begin, end) for up to `threads` contiguous ranges that cover [0, n). The ranges depend on n and `threads`
+// alone, not on how many threads turn up or which of them takes what.
+template <class Body>
+void parallel_for(std::int64_t n, int threads, const Body& body) {
+    struct Work {
+        const Body& body;
+        const std::int64_t n, parts;
+        std::atomic<std::int64_t> next{0};
+
+        void run() {
+            for (std::int64_t part; (part = next.fetch_add(1)) < parts;)
+                body(n * part / parts, n * (part + 1) / parts);
+        }
+        static void enter(void* work) { static_cast<Work*>(work)->run(); }
+    } work{body, n, std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n))};
+
+    if (work.parts == 1) {
+        work.run();
+    } else if (openmp_fork) {
+        openmp_fork(Work::enter, &work, static_cast<unsigned>(work.parts), 0);
+    } else {
+        std::vector<std::thread> helpers;
+        for (std::int64_t part = 1; part < work.parts; ++part) helpers.emplace_back(Work::enter, &work);
+        work.run();
+        for (std::thread& helper : helpers) helper.join();
+    }
+}
+
+// How many threads are worth waking for `flops` of work.
 inline int useful_threads(double flops, int threads) {
-    constexpr double kFlopsPerThread = 2e6;  // about a hundred microseconds: several times the cost of a thread
+    constexpr double kFlopsPerThread = 2e6;  // about a hundred microseconds: several times the cost of a new thread
     return static_cast<int>(std::max(1.0, std::min<double>(threads, flops / kFlopsPerThread)));
 }
 

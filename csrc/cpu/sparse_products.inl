@@ -37,7 +37,7 @@ template <class T>
 void sparse_decode(const Codes& codes, const T* values, const T* weight, std::int64_t weight_stride, const T* bias,
                    T* out, std::int64_t d, int threads) {
     threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end, int) {
+    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t b = begin; b < end; ++b)
             decode_row(codes.index + b * codes.k, values + b * codes.k, codes.k, weight, weight_stride, bias,
                        out + b * d, d);
@@ -56,7 +56,7 @@ template <class T>
 void gather_dot(const Codes& codes, const T* weight, std::int64_t weight_stride, const T* grad,
                 std::int64_t grad_stride, T* out, std::int64_t d, int threads) {
     threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end, int) {
+    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t b = begin; b < end; ++b)
             for (std::int64_t s = b * codes.k; s < (b + 1) * codes.k; ++s)
                 out[s] = dot(weight + codes.index[s] * weight_stride, grad + b * grad_stride, d);
@@ -76,17 +76,20 @@ void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int6
     for (std::int64_t s = 0; s < slots; ++s) order[next[codes.index[s]]++] = s;
 
     threads = useful_threads(2.0 * slots * d + 0.25 * codes.d_sae * d, threads);
-    // Parts hold equal shares of the slots plus rows, not of the rows alone: frequencies are far from even.
+    // Parts hold equal shares of the work, not of the rows: frequencies are far from even. Clearing a row of fresh memory
+    // costs as much as adding several slots to it.
+    constexpr std::int64_t kRowCost = 6;
+    const std::int64_t total = slots + kRowCost * codes.d_sae;
     const auto latent_at = [&](std::int64_t share) {
         std::int64_t low = 0, high = codes.d_sae;
         while (low < high) {
             const std::int64_t middle = (low + high) / 2;
-            if (start[middle] + middle < share) low = middle + 1; else high = middle;
+            if (start[middle] + kRowCost * middle < share) low = middle + 1; else high = middle;
         }
         return low;
     };
-    parallel_for(slots + codes.d_sae, threads, [&](std::int64_t begin, std::int64_t end, int) {
-        const std::int64_t last = end == slots + codes.d_sae ? codes.d_sae : latent_at(end);
+    parallel_for(total, threads, [&](std::int64_t begin, std::int64_t end) {
+        const std::int64_t last = end == total ? codes.d_sae : latent_at(end);
         for (std::int64_t i = latent_at(begin); i < last; ++i) {
             T* __restrict row = out + i * d;
             std::memset(row, 0, d * sizeof(T));

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ except ImportError as error:  # no compiler at install time, or a binary that th
     _native, _not_built = None, f"not built ({error})"
 
 _DTYPES = (torch.float32, torch.float64)
+
+
+def _loaded_openmp() -> str | None:
+    """Path of the OpenMP library (libgomp) that torch runs on, if this process has one loaded."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    except OSError:  # no Linux
+        return None
+    # Another package may have brought a copy of its own: torch's lies beside torch.
+    beside = [path for path in mapped if path.startswith(str(Path(torch.__file__).parents[1] / "torch"))]
+    return min(beside or mapped, default=None)
+
+
+_openmp = _loaded_openmp()
+borrows_threads: bool = _native is not None and _openmp is not None and _native.use_openmp(_openmp)
+"""Whether the kernels run on torch's own threads; they start some of their own otherwise."""
 
 
 def unavailable(op: str, device: str, dtype: torch.dtype, screen: str) -> str | None:

@@ -98,3 +98,23 @@ def test_an_unknown_instruction_set_is_refused():
     )
     assert run.returncode != 0
     assert "SPARSEKERN_CPU_ISA=sse9: must be generic, avx2 or avx512" in run.stderr
+
+
+_OWN_THREADS = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)  # a copy that nobody told about torch's threads
+spec.loader.exec_module(native)
+values, index = torch.rand(4000, 8), torch.randint(0, 500, (4000, 8), dtype=torch.int32)
+weight, out = torch.randn(500, 96), torch.empty(4000, 96)
+addresses = [t.data_ptr() for t in (index, values, weight)]
+native.sparse_decode(4, *addresses, 96, 0, out.data_ptr(), 4000, 8, 500, 96, 3)
+torch.testing.assert_close(out, (values.unsqueeze(2) * weight[index]).sum(1))
+assert not native.use_openmp("/no/such/library.so")
+"""
+
+
+@needs_native
+def test_the_kernels_borrow_torch_threads_or_start_their_own():
+    assert cpu.borrows_threads == (cpu._loaded_openmp() is not None)
+    subprocess.run([sys.executable, "-c", _OWN_THREADS, cpu._native.__file__], check=True)
