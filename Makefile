@@ -24,7 +24,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 train: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
 	$(BIN)/sparsekern train $(STORE) --output $(RUN) --overwrite \
-	    --expansion 64 --k 32 --steps 400 --lr 1e-3 --eval-every 100 --checkpoint-every 200 --dead-after 200000
+	    --expansion 64 --k 32 --steps 400 --lr 1e-3 --eval-every 100 --checkpoint-every 200
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

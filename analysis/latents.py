@@ -102,28 +102,39 @@ def top_contexts(
     return found
 
 
-def spread_by_density(density: Tensor, count: int) -> Tensor:
-    """`count` latents that fire, evenly spaced by rank of `density` ``[d_sae]``: a fair sample, rare to frequent."""
-    firing = density.nonzero().squeeze(1)
+def spread_by_density(density: Tensor, count: int, least: float = 0.0) -> Tensor:
+    """`count` latents that fire, evenly spaced by rank of `density` ``[d_sae]``: a fair sample, frequent to rare.
+
+    Latents with a density below `least` are left out.
+    """
+    firing = ((density > 0) & (density >= least)).nonzero().squeeze(1)
     ranked = firing[density[firing].argsort(descending=True, stable=True)]
     count = min(count, len(ranked))
     return ranked[((torch.arange(count) + 0.5) * len(ranked) / max(1, count)).long()]
 
 
 def describe_latents(
-    sae: SAE, store: ActivationStore, density: Tensor, count: int = 40, contexts: int = 10, progress: bool = False
+    sae: SAE,
+    store: ActivationStore,
+    density: Tensor,
+    count: int = 40,
+    contexts: int = 10,
+    least_density: float = 1e-4,
+    progress: bool = False,
 ) -> str:
     """A Markdown page: for `count` latents, spread by density, their strongest contexts with the active token marked.
 
-    The latents are not picked by hand: they are evenly spaced by rank of density among those that fire.
+    The latents are not picked by hand: they are evenly spaced by rank of density among those of at least
+    `least_density`. Rarer ones seldom have ten contexts to show.
     """
-    latents = spread_by_density(density, count)
+    latents = spread_by_density(density, count, least_density)
     found = top_contexts(sae, store, latents, contexts, progress=progress)
     lines = [
         "# What the latents respond to",
         "",
         f"{len(latents)} of {sae.d_sae:,} latents, evenly spaced by rank of density among the "
-        f"{int((density > 0).sum()):,} that fire on held-out tokens, frequent to rare. For each, the {contexts} "
+        f"{int((density >= least_density).sum()):,} that fire on at least {100 * least_density:g}% of the held-out "
+        f"tokens, frequent to rare. For each, the {contexts} "
         f"contexts of {store.n_contexts:,} in which it is most active, with the active token marked.",
         "",
     ]

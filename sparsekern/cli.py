@@ -66,7 +66,12 @@ class TrainOptions(TrainConfig):
     k: int = option(32, "active latents a token", at_least=1)
     aux_coefficient: float = option(1 / 32, "weight of the AuxK loss, 0 for none", at_least=0)
     aux_k: int | None = option(None, "dead latents a token may use in AuxK; by default half the width", at_least=1)
-    dead_after: int = option(10_000_000, "without firing, a latent counts as dead", unit="tokens", at_least=1)
+    dead_after: int | None = option(
+        None,
+        "without firing, a latent counts as dead; by default 10 million or a quarter of the run, whichever is less",
+        unit="tokens",
+        at_least=1,
+    )
     device: str | None = option(None, "where to train; by default a GPU if there is one")
     report: bool = option(True, "write plots and features.md at the end")
 
@@ -231,7 +236,7 @@ def train_command(
         sk.TopK(options.k),
         aux_coefficient=options.aux_coefficient,
         aux_k=options.aux_k,
-        dead_after=options.dead_after,
+        dead_after=options.dead_after or min(10_000_000, options.steps * options.batch_size // 4),
         generator=torch.Generator().manual_seed(options.seed),
         device=_device(options.device),
     )

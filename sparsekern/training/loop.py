@@ -98,6 +98,8 @@ def train(
     config = TrainConfig.of(options)
     training, held_out = _split(activations, config)
     loader = ActivationLoader(training, config.batch_size, seed=config.seed)
+    if loader.d != sae.d_in:
+        raise ValueError(f"activations must have {sae.d_in} columns (d_in of the SAE), got {loader.d}")
     trainer = Trainer(sae, config)
     folder = None if output is None else Path(output)
     run = _describe(sae, config, loader)

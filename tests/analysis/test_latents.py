@@ -51,6 +51,7 @@ def test_the_sample_is_spread_over_the_ranks():
     assert chosen.tolist() == [15, 25, 35, 45, 55]
     assert spread_by_density(density, 1000).tolist() == list(range(10, 60))
     assert spread_by_density(torch.zeros(9), 3).tolist() == []
+    assert spread_by_density(density, 1000, least=0.3).tolist() == list(range(10, 31))
 
 
 def test_the_page_marks_the_active_token(store):

@@ -201,7 +201,7 @@ def test_wandb_gets_the_metrics(data, tmp_path, monkeypatch):
     [
         (torch.randn(600, 8), {"batch_size": 5000}, "batch_size must be"),
         (torch.randn(600), {}, "activations must be"),
-        (torch.randn(600, 9), {}, "x must have 8 columns"),
+        (torch.randn(600, 9), {}, r"activations must have 8 columns \(d_in of the SAE\), got 9"),
         (torch.full((600, 8), float("nan")), {}, "not finite"),
         (torch.randn(600, 8), {"step": 3}, "unknown option 'step'; did you mean 'steps'"),
     ],
