@@ -140,7 +140,7 @@ def describe_latents(
     ]
     for latent in latents.tolist():
         tokens = found[latent]
-        common = Counter(store.token_text(a.row) for a in tokens).most_common(5)
+        common = Counter(store.word_text(a.row) for a in tokens).most_common(5)
         words = ", ".join(f"`{word}`" + (f" ×{n}" if n > 1 else "") for word, n in common)
         lines += [f"## Latent {latent} · density {100 * density[latent]:.2g}% · {words}", ""]
         for a in tokens:

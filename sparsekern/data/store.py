@@ -399,9 +399,19 @@ class ActivationStore:
             rest, start, index = rest[end - start :], end, index + 1
         return out
 
-    def token_text(self, row: int) -> str:
-        """Return the piece of the vocabulary at a row, without its sign for a space; the id where there is none."""
-        return self._spaced_piece(int(self.token_ids[row])).strip()
+    def word_text(self, row: int) -> str:
+        """Return the word that the token at a row is a piece of; the token id where there is no vocabulary."""
+        if not 0 <= row < self.tokens:
+            raise ValueError(f"row must be in 0 … {self.tokens - 1}, not {row}")
+        context = int(torch.searchsorted(self.context_bounds, row, right=True)) - 1
+        start, stop = self.context_bounds[context : context + 2].tolist()
+        pieces = [self._spaced_piece(token) for token in self.token_ids[start:stop].tolist()]
+        first, last = row - start, row - start + 1
+        while first > 0 and not pieces[first][:1].isspace():
+            first -= 1
+        while last < len(pieces) and not pieces[last][:1].isspace():
+            last += 1
+        return "".join(pieces[first:last]).strip()
 
     def context_text(
         self,

@@ -252,6 +252,9 @@ def test_context_text(tmp_path, vocab, text, marked):
     assert store.context_text(1, mark=2, marks=("<", ">")) == marked
     assert store.context_text(1, mark=1).count(" **⟦cat⟧**") == 1
     assert store.context_text(1, mark=0).startswith("**⟦")
+    assert store.context_text(1, mark=2, marks=("<", ">"), window=1).startswith("… cat")
+    assert store.context_text(1, mark=0, window=0).endswith(" …")
+    assert [store.word_text(row) for row in (1, 3, 4)] == ["cat", "cats", "cats"]  # the first ends its context
     with pytest.raises(ValueError, match="mark must be in 0 … 4"):
         store.context_text(1, mark=5)
     with pytest.raises(ValueError, match="context must be in 0 … 1"):
