@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.modules import SAE
+from sparsekern.ops._checks import check_finite
 from sparsekern.optim import build_optimizer
 from sparsekern.training.config import TrainerConfig
 from sparsekern.training.schedule import default_lr, warmup_and_decay
@@ -87,7 +88,10 @@ class Trainer:
         """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
         sae, config = self.sae, self.config
         x = x.to(sae.W_enc.device)
+        target = None if target is None else target.to(sae.W_enc.device)
         sae.check_batch(x, target)
+        if target is not None and target.device.type == "cpu":
+            check_finite("target", target)
         fresh = self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any()
         if config.fit_start and fresh:
             sae.fit_start_(x, config.b_dec_init)
