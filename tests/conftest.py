@@ -1,4 +1,6 @@
 import os
+import signal
+import subprocess
 
 # The tests are tiny: where cores are shared, a team of threads mostly waits for its members. Also for subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,3 +32,16 @@ def product_backend(request, monkeypatch):
         pytest.skip("the native kernels are not built")
     monkeypatch.setenv("SPARSEKERN_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture
+def interruptible():
+    """Starts a process that heeds Ctrl-C, also where the tests themselves run in the background of a shell.
+
+    Such a shell has the signal ignored, children inherit that, and Python then installs no handler.
+    """
+
+    def start(command, **options):
+        return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+    return start

@@ -198,14 +198,12 @@ def test_harvest_runs_the_embedded_model_over_text_files(cli, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_ctrl_c_then_resume(store, tmp_path):
+def test_ctrl_c_then_resume(store, tmp_path, interruptible):
     """A real process and a real signal; the continued run ends on the same bits as one that was left alone."""
     command = [sys.executable, "-m", "sparsekern", "train", str(store), "--no-report", *TRAIN]
     command += ["--steps", "400", "--log-every", "1", "--output"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    run = subprocess.Popen(
-        [*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    run = interruptible([*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "parts" / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size):
         assert time.monotonic() < deadline, "the run never began"
@@ -222,15 +220,13 @@ def test_ctrl_c_then_resume(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_harvest_then_the_same_command_again(tmp_path):
+def test_ctrl_c_in_a_harvest_then_the_same_command_again(tmp_path, interruptible):
     (tmp_path / "texts").mkdir()
     for number in range(300):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"Text {number} is about opening files. " * (1 + number % 9))
     command = [sys.executable, "-m", "sparsekern", "harvest", "--texts", str(tmp_path / "texts")]
     command += ["--shard-tokens", "500", "--batch-tokens", "200"]
-    run = subprocess.Popen(
-        [*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    run = interruptible([*command, str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "parts").glob("shard-*.safetensors")):
         assert time.monotonic() < deadline, "the harvest never began"

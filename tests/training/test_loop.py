@@ -219,8 +219,8 @@ sk.train(sae, data, output=sys.argv[1], steps=10**7, batch_size=32, lr=1e-3, log
 """
 
 
-def test_ctrl_c_in_a_real_process(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", _ENDLESS, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_in_a_real_process(tmp_path, interruptible):
+    process = interruptible([sys.executable, "-c", _ENDLESS, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size):
