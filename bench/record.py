@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from sparsekern.backends import cpu
+from sparsekern.files import write_json
 from sparsekern.training import versions
 
 
@@ -63,5 +63,5 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(path, record)
     print(f"→ {path}")

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -109,30 +110,32 @@ def read_config(path: Path | None) -> dict[str, Any]:
     """The options in a YAML or TOML file; none without a file."""
     if path is None:
         return {}
+    readers = {".toml": _read_toml, ".yaml": _read_yaml, ".yml": _read_yaml}
+    if path.suffix not in readers:
+        raise ValueError(f"config {path} must end in {', '.join(readers)}")
     try:
         text = path.read_text()
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     try:
-        if path.suffix == ".toml":
-            if sys.version_info >= (3, 11):
-                import tomllib
-            else:
-                import tomli as tomllib
-            content = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(text) or {}
-        else:
-            raise ValueError(f"config {path} must end in .yaml, .yml or .toml")
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith("config "):
-            raise
+        content = readers[path.suffix](text)
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config {path} must hold `name: value` pairs")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.safe_load(text) or {}
+
+
+def _read_toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
 
 
 def command(cls: type[T]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -119,6 +119,13 @@ def test_bad_config_files(cli, store, tmp_path, content, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_config_files_of_other_kinds_are_refused(cli, store, tmp_path):
+    (tmp_path / "run.toml").write_text("k = = 3")
+    (tmp_path / "run.json").write_text("{}")
+    assert "not valid TOML" in plain(cli("train", store, "--output", "run", "--config", "run.toml"))
+    assert "must end in .toml, .yaml, .yml" in plain(cli("train", store, "--output", "run", "--config", "run.json"))
+
+
 def test_errors_are_messages_not_tracebacks(cli, store, tmp_path):
     (tmp_path / "broken").mkdir()
     for arguments, message in [
