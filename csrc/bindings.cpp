@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/sparse_products.h"
 
@@ -16,16 +17,6 @@ namespace py = pybind11;
 using namespace sparsekern;
 
 namespace {
-
-bool machine_has(const std::string& isa) {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == "avx512")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-    return isa == "generic";
-}
 
 // The widest instruction set of this machine, or the one that SPARSEKERN_CPU_ISA names.
 std::string choose_isa() {
