@@ -1,6 +1,8 @@
 # Two commands do all set-up on a fresh machine (Python 3.10+, a C++ compiler):
 #   make train   harvest activations, train a sparse autoencoder on them, report    -> runs/first/
 #   make test    the whole test suite
+# A third needs the compiler alone:
+#   make sanitize  the C++ kernels under the address, undefined behaviour and thread sanitizers; -j2 for both at once
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,7 @@ endif
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: train test lint clean
+.PHONY: train test lint clean sanitize sanitize-address sanitize-thread
 
 train: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
@@ -33,6 +35,29 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: sanitize-address sanitize-thread
+
+NATIVE_SOURCES := $(wildcard csrc/cpu/* tests/native/*.h tests/native/*.cpp)
+# -O1 keeps the stack traces readable; the rest are the flags that change what setup.py's build computes.
+NATIVE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fopenmp-simd -ffp-contract=fast -Wall -Wextra \
+    -D_GLIBCXX_ASSERTIONS -Icsrc
+NATIVE_LIBS := -pthread $(if $(filter Linux,$(shell uname -s)),-ldl)
+SANITIZERS_address := address,undefined
+SANITIZERS_thread := thread
+# ThreadSanitizer wants the addresses where older kernels put them ("unexpected memory mapping" otherwise).
+NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(uname -m) -R)
+
+sanitize-address sanitize-thread: sanitize-%: build/native/%
+	UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 $(NO_ASLR) $<
+
+build/native/address build/native/thread: build/native/%: $(NATIVE_SOURCES) Makefile
+	@mkdir -p $(@D)
+	@echo 'int main() {}' | $(CXX) -fsanitize=$(SANITIZERS_$*) -x c++ - -o $@.probe || { \
+	    echo "make sanitize: $(CXX) cannot link with -fsanitize=$(SANITIZERS_$*). Install its sanitizer runtimes" \
+	         "(libasan, libubsan, libtsan; compiler-rt for clang), or set CXX to a compiler that has them." >&2; exit 1; }
+	$(CXX) $(NATIVE_FLAGS) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all \
+	    $(filter %.cpp,$^) -o $@ $(NATIVE_LIBS)
 
 clean:
 	rm -rf build dist *.egg-info sparsekern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
