@@ -30,6 +30,15 @@
 
 namespace sparsekern::test {
 
+// ThreadSanitizer is slow and has little to see in work for one thread: such tests may then take fewer cases.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadSanitizer = true;
+#elif defined(__has_feature)
+constexpr bool kThreadSanitizer = __has_feature(thread_sanitizer);
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
