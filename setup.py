@@ -33,6 +33,7 @@ def native_extension() -> Extension:
             "-O3",
             "-fopenmp-simd",
             "-ffp-contract=fast",
+            "-fno-math-errno",
             "-fvisibility=hidden",
             "-Wall",
         ],

@@ -3,15 +3,21 @@
 // No libtorch: functions take addresses, sizes and strides, so one build serves every torch version. Arguments are
 // checked in Python, where the tensors are; every call releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/row_adam.h"
 #include "cpu/sparse_products.h"
+#include "cpu/topk_encode.h"
 
 namespace py = pybind11;
 using namespace sparsekern;
@@ -41,9 +47,37 @@ const SparseProducts<T>& products() {
     return *sparse_products_generic<T>();
 }
 
+const TopkEncode& topk() {
+    if (chosen_isa == "avx512") return *topk_encode_avx512();
+    if (chosen_isa == "avx2") return *topk_encode_avx2();
+    return *topk_encode_generic();
+}
+
+const RowUpdates& row_updates() {
+    if (chosen_isa == "avx512") return *row_updates_avx512();
+    if (chosen_isa == "avx2") return *row_updates_avx2();
+    return *row_updates_generic();
+}
+
 template <class T>
 T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Addresses, or 0 for none: packed, scale, error, norm.
+Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
+    return {at<std::uint8_t>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
+}
+
+// start, order, values, k, vectors, stride: see OuterProducts.
+using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+
+std::vector<OuterProducts> outer_products(const std::vector<Part>& parts) {
+    std::vector<OuterProducts> found;
+    for (const auto& [start, order, values, k, vectors, stride] : parts)
+        found.push_back({{at<std::int32_t>(start), at<std::int32_t>(order)}, at<const float>(values), k,
+                         at<const float>(vectors), stride});
+    return found;
 }
 
 // Calls f with a value of the element type; `itemsize` is 4 for float32 and 8 for float64.
@@ -101,6 +135,69 @@ PYBIND11_MODULE(_native, m) {
                 products<T>().scatter_outer({at<const std::int32_t>(index), rows, k, d_sae}, at<const T>(values),
                                             at<const T>(grad), grad_stride, at<T>(out), d, threads);
             });
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def("padded_latents", &padded_latents, "Latents that the arrays of a quantised copy cover.");
+    m.def("padded_width", &padded_width, "Bytes of a latent in a quantised copy.");
+
+    m.def(
+        "quantize",
+        [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d,
+           const std::array<std::uintptr_t, 4>& quantized, int threads) {
+            const Weights weights{at<const float>(weight), weight_stride, n, d};
+            const Quantized out = quantized_at(quantized);
+            parallel_for(padded_latents(n) / kGroup, threads, [&](std::int64_t begin, std::int64_t end) {
+                topk().quantize(weights, out, begin * kGroup, end * kGroup);
+            });
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "topk_encode",
+        [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d,
+           const std::array<std::uintptr_t, 4>& quantized, std::uintptr_t bias, std::uintptr_t x, std::int64_t x_stride,
+           std::int64_t rows, std::int64_t k, std::uintptr_t values, std::uintptr_t index, std::uintptr_t certain,
+           int threads) {
+            const Quantized given = quantized_at(quantized);
+            return topk().encode({{at<const float>(weight), weight_stride, n, d}, given.packed ? &given : nullptr,
+                                  at<const float>(bias), at<const float>(x), x_stride, rows, k, at<float>(values),
+                                  at<std::int32_t>(index), at<std::uint8_t>(certain), threads});
+        },
+        py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
+
+    m.def(
+        "sort_slots",
+        [](std::uintptr_t index, std::int64_t slots, std::int64_t n, std::uintptr_t start, std::uintptr_t order) {
+            sort_slots(at<const std::int32_t>(index), slots, n, {at<std::int32_t>(start), at<std::int32_t>(order)});
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "gradient_squares",
+        [](const std::vector<Part>& parts, std::int64_t n, std::int64_t d, std::uintptr_t weight, bool unit_rows,
+           std::uintptr_t squares, int threads) {
+            const std::vector<OuterProducts> factors = outer_products(parts);
+            row_updates().gradient_squares({factors.data(), static_cast<std::int64_t>(factors.size()), n, d,
+                                            at<const float>(weight), unit_rows},
+                                           at<float>(squares), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "row_adam",
+        [](const std::vector<Part>& parts, std::int64_t n, std::int64_t d, std::uintptr_t weight, bool unit_rows,
+           std::uintptr_t mean, std::uintptr_t square, float scale, float rate, float beta1, float beta2, float eps,
+           float root, std::uintptr_t last, std::uintptr_t active, std::int32_t step, std::int32_t rest_after,
+           const std::array<std::uintptr_t, 4>& quantized, int threads) {
+            const std::vector<OuterProducts> factors = outer_products(parts);
+            const Quantized copy = quantized_at(quantized);
+            row_updates().adam({{factors.data(), static_cast<std::int64_t>(factors.size()), n, d,
+                                 at<const float>(weight), unit_rows},
+                                at<float>(weight), at<float>(mean), at<float>(square), scale, rate, beta1, beta2, eps,
+                                root, at<std::int32_t>(last), at<std::int32_t>(active), step, rest_after,
+                                copy.packed ? &copy : nullptr},
+                               threads);
         },
         py::call_guard<py::gil_scoped_release>());
 }

@@ -33,10 +33,10 @@ inline bool use_openmp(const char* path) {
     return openmp_fork != nullptr;
 }
 
-// Calls body(begin, end) for up to `threads` contiguous ranges that cover [0, n). The ranges depend on n and `threads`
-// alone, not on how many threads turn up or which of them takes what.
+// Calls body(begin, end) for up to `parts` contiguous ranges that cover [0, n), on up to `threads` threads. The ranges
+// depend on n and `parts` alone, not on how many threads turn up or which of them takes what.
 template <class Body>
-void parallel_for(std::int64_t n, int threads, const Body& body) {
+void parallel_for(std::int64_t n, int threads, std::int64_t parts, const Body& body) {
     struct Work {
         const Body& body;
         const std::int64_t n, parts;
@@ -47,18 +47,25 @@ void parallel_for(std::int64_t n, int threads, const Body& body) {
                 body(n * part / parts, n * (part + 1) / parts);
         }
         static void enter(void* work) { static_cast<Work*>(work)->run(); }
-    } work{body, n, std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n))};
+    } work{body, n, std::max<std::int64_t>(1, std::min(parts, n))};
+    const int team = static_cast<int>(std::min<std::int64_t>(threads, work.parts));
 
-    if (work.parts == 1) {
+    if (team <= 1) {
         work.run();
     } else if (openmp_fork) {
-        openmp_fork(Work::enter, &work, static_cast<unsigned>(work.parts), 0);
+        openmp_fork(Work::enter, &work, static_cast<unsigned>(team), 0);
     } else {
         std::vector<std::thread> helpers;
-        for (std::int64_t part = 1; part < work.parts; ++part) helpers.emplace_back(Work::enter, &work);
+        for (int helper = 1; helper < team; ++helper) helpers.emplace_back(Work::enter, &work);
         work.run();
         for (std::thread& helper : helpers) helper.join();
     }
+}
+
+// As many parts as threads.
+template <class Body>
+void parallel_for(std::int64_t n, int threads, const Body& body) {
+    parallel_for(n, threads, threads, body);
 }
 
 // How many threads are worth waking for `flops` of work.

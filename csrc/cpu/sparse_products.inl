@@ -36,6 +36,7 @@ void decode_row(const std::int32_t* index, const T* values, std::int64_t k, cons
 template <class T>
 void sparse_decode(const Codes& codes, const T* values, const T* weight, std::int64_t weight_stride, const T* bias,
                    T* out, std::int64_t d, int threads) {
+    if (d == 0) return;  // no memory to write to
     threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
     parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t b = begin; b < end; ++b)
@@ -66,6 +67,7 @@ void gather_dot(const Codes& codes, const T* weight, std::int64_t weight_stride,
 template <class T>
 void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int64_t grad_stride, T* out,
                    std::int64_t d, int threads) {
+    if (d == 0) return;
     // Counting sort of the slots by latent (compressed columns): slots of latent i are order[start[i]..start[i + 1]),
     // ascending, so that each output row is summed by one thread in a fixed order.
     const std::int64_t slots = codes.rows * codes.k;

@@ -7,12 +7,18 @@ results and passes torch's thread count on.
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparsekern.backends import reference
+from sparsekern.factors import OuterProducts
 
 _native: Any
 try:
@@ -49,7 +55,12 @@ def unavailable(op: str, device: str, dtype: torch.dtype, screen: str) -> str | 
         return f"has no {op} kernel"
     if _native is None:
         return _not_built
-    if dtype not in _DTYPES:
+    if op == "topk_encode":
+        if screen not in ("auto", "none", "int8"):
+            return f"has no {screen} screening; use screen='auto', 'int8' or 'none'"
+        if dtype != torch.float32:
+            return f"serves float32, not {dtype}"
+    elif dtype not in _DTYPES:
         return f"serves float32 and float64, not {dtype}"
     return None
 
@@ -62,6 +73,122 @@ def isa() -> str | None:
 def _rows(tensor: Tensor) -> Tensor:
     """`tensor` with unit stride along its last axis; rows may be any distance apart."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+# Screening
+
+
+class Quantized:
+    """The int8 copy of an encoder's weight that :func:`topk_encode` screens with.
+
+    It is valid as long as nobody but its keeper changes the weight. Changes by torch are seen by the tensor's version;
+    those through ``weight.data``, which has none, by the first column, unless they leave that as it is.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        n, d = weight.shape
+        padded = _native.padded_latents(n)
+        self.packed = torch.empty(padded * _native.padded_width(d), dtype=torch.uint8)
+        self.scale, self.error, self.norm = (torch.zeros(padded) for _ in range(3))
+        self.address = weight.data_ptr()
+        _native.quantize(weight.data_ptr(), weight.stride(0), n, d, self.addresses(), torch.get_num_threads())
+        self.mark_current(weight)
+
+    def addresses(self) -> list[int]:
+        """Of the arrays, as the kernels take them."""
+        return [tensor.data_ptr() for tensor in (self.packed, self.scale, self.error, self.norm)]
+
+    def mark_current(self, weight: Tensor) -> None:
+        """Say that the copy is that of `weight` as it now is."""
+        self._version, self._column = weight._version, weight.detach()[:, 0].clone()
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether the copy is still that of `weight`."""
+        return (
+            weight.data_ptr() == self.address
+            and weight.shape[0] == self._column.shape[0]
+            and weight._version == self._version
+            and torch.equal(weight.detach()[:, 0], self._column)
+        )
+
+
+_quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDictionary()
+"""By address of the weight. The optimizer that refreshes a copy owns it."""
+
+
+def quantized(weight: Tensor) -> Quantized:
+    """A quantised copy of `weight` for the caller to own, which :func:`topk_encode` uses while it is current."""
+    copy = _quantized[weight.data_ptr()] = Quantized(weight)
+    return copy
+
+
+class EncodeStats(NamedTuple):
+    """What one call of :func:`topk_encode` did.
+
+    Attributes
+    ----------
+    rows : int
+        Rows encoded.
+    rescored : int
+        Latents, over all rows, whose scores were computed again in float32.
+    repaired : int
+        Rows that were computed in full, for want of a certificate.
+    """
+
+    rows: int
+    rescored: int
+    repaired: int
+
+
+last_encode: EncodeStats | None = None
+"""Of the last screened call in this process."""
+
+
+def screens(n: int, d: int) -> bool:
+    """Whether a screening pass over ``[n, d]`` weights is ever faster here than the matmul of the reference."""
+    return isa() != "generic" and n >= 1024 and d >= 32
+
+
+def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.topk_encode`."""
+    global last_encode
+    copy = _quantized.get(weight.data_ptr())
+    if copy is not None and not copy.is_current(weight):
+        copy = None
+    rows, (n, d) = x.shape[0], weight.shape
+    # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
+    worth = screens(n, d) and k <= n // 16 and (rows >= 8 or copy is not None)
+    if screen == "none" or (screen == "auto" and not worth):
+        return reference.topk_encode(x, weight, bias, k, "none")
+    x, weight = _rows(x), _rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    values = x.new_empty(rows, k)
+    indices = torch.empty(rows, k, dtype=torch.int32)
+    certain = torch.empty(rows, dtype=torch.bool)
+    rescored = _native.topk_encode(
+        weight.data_ptr(),
+        weight.stride(0),
+        n,
+        d,
+        [0, 0, 0, 0] if copy is None else copy.addresses(),
+        0 if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        x.stride(0),
+        rows,
+        k,
+        values.data_ptr(),
+        indices.data_ptr(),
+        certain.data_ptr(),
+        torch.get_num_threads(),
+    )
+    repair = (~certain).nonzero().squeeze(1)
+    if repair.numel():
+        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none")
+    last_encode = EncodeStats(rows, rescored, repair.numel())
+    return values, indices
+
+
+# Sparse products
 
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,3 +247,92 @@ def scatter_outer(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> 
         torch.get_num_threads(),
     )
     return out
+
+
+# Adam over gradients kept as factors
+
+
+class SortedFactors:
+    """Outer products sorted by latent, as the kernels take them."""
+
+    def __init__(self, parts: Sequence[OuterProducts], d_sae: int) -> None:
+        self._alive: list[Tensor] = []
+        self.parts: list[tuple[int, int, int, int, int, int]] = []
+        sorted_before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for part in parts:
+            values, indices, vectors = part.values.contiguous(), part.indices.contiguous(), _rows(part.vectors)
+            key = indices.data_ptr(), indices.numel()
+            if key not in sorted_before:
+                sorted_before[key] = _sort_slots(indices, d_sae)
+            start, order = sorted_before[key]
+            self._alive += [values, indices, vectors, start, order]
+            self.parts.append(
+                (
+                    start.data_ptr(),
+                    order.data_ptr(),
+                    values.data_ptr(),
+                    values.shape[1],
+                    vectors.data_ptr(),
+                    vectors.stride(0),
+                )
+            )
+
+
+def _sort_slots(indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    start = torch.empty(d_sae + 1, dtype=torch.int32)
+    order = torch.empty(indices.numel(), dtype=torch.int32)
+    _native.sort_slots(indices.data_ptr(), indices.numel(), d_sae, start.data_ptr(), order.data_ptr())
+    return start, order
+
+
+def gradient_squares(factors: SortedFactors, weight: Tensor, unit_rows: bool) -> Tensor:
+    """Sum of squares of the gradient, without its components along the rows where these are `unit_rows`."""
+    squares = torch.empty(weight.shape[0])
+    _native.gradient_squares(
+        factors.parts, *weight.shape, weight.data_ptr(), unit_rows, squares.data_ptr(), torch.get_num_threads()
+    )
+    return squares.sum(dtype=torch.float64)
+
+
+def row_adam(
+    factors: SortedFactors,
+    weight: Tensor,
+    unit_rows: bool,
+    state: dict[str, Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    clip: float,
+    rest_after: int | None,
+    copy: Quantized | None,
+) -> None:
+    """One step of Adam on `weight` in one pass over memory; `state` is that of ``torch.optim.Adam``."""
+    state["step"] += 1
+    step = int(state["step"])
+    rests = rest_after is not None
+    if rests and "last" not in state:
+        state["last"] = torch.full((weight.shape[0],), step - 1, dtype=torch.int32)
+        state["active"] = torch.full((weight.shape[0],), step - 1, dtype=torch.int32)
+    _native.row_adam(
+        factors.parts,
+        *weight.shape,
+        weight.data_ptr(),
+        unit_rows,
+        state["exp_avg"].data_ptr(),
+        state["exp_avg_sq"].data_ptr(),
+        clip,
+        lr / (1 - betas[0] ** step),
+        *betas,
+        eps,
+        math.sqrt(1 - betas[1] ** step),
+        state["last"].data_ptr() if rests else 0,
+        state["active"].data_ptr() if rests else 0,
+        step,
+        rest_after or 0,
+        [0, 0, 0, 0] if copy is None else copy.addresses(),
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version(weight)
+    if copy is not None:
+        copy.mark_current(weight)

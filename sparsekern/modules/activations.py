@@ -20,8 +20,8 @@ class Activation(nn.Module):
 
     name: ClassVar[str]
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> SparseCodes:
-        """Codes of the activations `x` ``[..., d_in]``."""
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None) -> SparseCodes:
+        """Codes of the activations `x` ``[..., d_in]``, from which `center` is subtracted first."""
         raise NotImplementedError(f"{type(self).__name__} must define encode")
 
     def check(self, d_sae: int) -> None:
@@ -62,9 +62,9 @@ class TopK(Activation):
         self.k = k
         self.screen = screen
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> SparseCodes:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None) -> SparseCodes:
         """The top k of every token, ``[..., k]``."""
-        return topk_encode(x, W_enc, b_enc, self.k, self.screen)
+        return topk_encode(x, W_enc, b_enc, self.k, self.screen, center)
 
     def check(self, d_sae: int) -> None:
         """There must be at least `k` latents."""

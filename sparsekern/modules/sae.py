@@ -14,6 +14,7 @@ from sparsekern.modules.initialization import geometric_median, unit_rows
 from sparsekern.modules.pretrained import load_pretrained, save_pretrained
 from sparsekern.ops import sparse_decode, topk_encode
 from sparsekern.ops._checks import check_finite
+from sparsekern.ops._gather_rows import gather_rows
 
 
 class LossOutput(NamedTuple):
@@ -128,7 +129,8 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of the activations `x` ``[..., d_in]``."""
-        return self.activation.encode(self._centred(x), self.W_enc, self.b_enc)
+        self._check_x(x)
+        return self.activation.encode(x, self.W_enc, self.b_enc, self._center())
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Reconstruction ``[..., d_in]`` from codes."""
@@ -155,8 +157,7 @@ class SAE(nn.Module):
         self.check_batch(x, target)
         x = x.reshape(-1, self.d_in)
         target = x if target is None else target.reshape(-1, self.d_in)
-        centred = self._centred(x)
-        codes = self.activation.encode(centred, self.W_enc, self.b_enc)
+        codes = self.encode(x)
         residual = target - self.decode(codes)
         fvu = _fvu(residual, target)
         parts = {"reconstruction": fvu}
@@ -165,7 +166,7 @@ class SAE(nn.Module):
                 # The rows are gathered first: what follows costs in proportion to the dead latents only.
                 dead = self.dead_mask().nonzero().squeeze(1)
                 if dead.numel():
-                    parts["auxk"] = self.aux_coefficient * self._auxk(centred, residual.detach(), dead)
+                    parts["auxk"] = self.aux_coefficient * self._auxk(x, residual.detach(), dead)
             with torch.no_grad():
                 self.tokens_since_fired += x.shape[0]
                 self.tokens_since_fired[codes.firing_counts() > 0] = 0
@@ -190,15 +191,14 @@ class SAE(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {x.dtype}; use x.float()")
 
-    def _centred(self, x: Tensor) -> Tensor:
-        self._check_x(x)
-        return x - self.b_dec if self.pre_bias else x
+    def _center(self) -> Tensor | None:
+        return self.b_dec if self.pre_bias else None
 
-    def _auxk(self, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """FVU of the residual under its reconstruction from the rows `dead`."""
         k = min(self.aux_k, dead.numel())
-        codes = topk_encode(centred, self.W_enc[dead], self.b_enc[dead], k)
-        return _fvu(residual - sparse_decode(codes, self.W_dec[dead]), residual)
+        codes = topk_encode(x, gather_rows(self.W_enc, dead), self.b_enc[dead], k, center=self._center())
+        return _fvu(residual - sparse_decode(codes, gather_rows(self.W_dec, dead)), residual)
 
     # The constraint on the decoder, and the start
 

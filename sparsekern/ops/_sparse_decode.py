@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekern.backends import choose
 from sparsekern.codes import SparseCodes
+from sparsekern.factors import keep
 from sparsekern.ops._checks import (
     check_floating,
     check_indices,
@@ -109,6 +110,13 @@ def _(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> Tensor:
     return grad.new_empty(d_sae, grad.shape[1])
 
 
+def weight_gradient(weight: Tensor, values: Tensor, indices: Tensor, vectors: Tensor) -> Tensor | None:
+    """Gradient of a weight from its factors; None where they were kept as such (:mod:`sparsekern.factors`)."""
+    if keep(weight, values, indices, vectors):
+        return None
+    return _scatter_outer(values, indices, vectors, weight.shape[0])
+
+
 # Autograd. Each setup saves the inputs; each backward computes only what is asked for.
 
 
@@ -124,7 +132,7 @@ def _decode_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return (
         _gather_dot(grad, indices, weight) if needs[0] else None,
         None,
-        _scatter_outer(values, indices, grad, weight.shape[0]) if needs[2] else None,
+        weight_gradient(weight, values, indices, grad) if needs[2] else None,
         grad.sum(0) if ctx.has_bias and needs[3] else None,
     )
 

@@ -16,20 +16,23 @@ from sparsekern.ops._checks import (
     check_same_device,
     check_vector,
 )
-from sparsekern.ops._sparse_decode import _scatter_outer, _sparse_decode
+from sparsekern.ops._sparse_decode import _scatter_outer, _sparse_decode, weight_gradient
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: str = "auto") -> SparseCodes:
-    """The top k of ``ReLU(x @ W_enc.T + b_enc)`` in every row, exactly.
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: str = "auto", center: Tensor | None = None
+) -> SparseCodes:
+    """The top k of ``ReLU((x − center) @ W_enc.T + b_enc)`` in every row, exactly.
 
     Pre-activations are compared in float32 (float64 for float64 input), whatever the dtype of storage; autocast does
     not lower that. Ties go to the lower index. The ReLU comes after the selection: a row with fewer than k positive
-    pre-activations has zero-valued slots, and those carry no gradient. Differentiable in `x`, `W_enc` and `b_enc`.
+    pre-activations has zero-valued slots, and those carry no gradient. Differentiable in `x`, `W_enc`, `b_enc` and
+    `center`.
 
     Parameters
     ----------
     x : Tensor [..., d_in]
-        Activations, already centred if the encoder is to see them so. Must be finite: checked at once on the CPU.
+        Activations. Must be finite: checked at once on the CPU.
     W_enc : Tensor [d_sae, d_in]
         Encoder, one row a latent.
     b_enc : Tensor [d_sae] or None
@@ -39,6 +42,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: 
     screen : {"auto", "none", "bf16", "fp8", "int8"}
         Precision of the pass that proposes candidates, where the backend has one. It changes the speed, never the
         answer; a backend without the named pass raises.
+    center : Tensor [d_in] or None
+        Subtracted from `x` first, such as ``b_dec``. Its gradient is cheaper this way than through ``x - center``.
 
     Returns
     -------
@@ -54,59 +59,72 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: 
     ----------
     Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), section 2.3.
     """
-    check_floating(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_floating(x=x, W_enc=W_enc, b_enc=b_enc, center=center)
     check_matrix("W_enc", W_enc)
     if x.dim() == 0 or x.shape[-1] != W_enc.shape[1]:
         raise ValueError(f"x must have {W_enc.shape[1]} columns (d_in of W_enc), got shape {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
     check_vector("b_enc", b_enc, ("d_sae of W_enc", W_enc.shape[0]))
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_vector("center", center, ("d_in of W_enc", W_enc.shape[1]))
+    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc, center=center)
     check_k(k, W_enc.shape[0])
     if screen not in SCREENS:
         raise ValueError(f"screen must be one of {', '.join(SCREENS)}, got {screen!r}")
     dtype = torch.promote_types(x.dtype, W_enc.dtype)
     bias = None if b_enc is None else b_enc.to(dtype)
-    values, indices = _topk_encode(x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), bias, k, screen)
+    middle = None if center is None else center.to(dtype)
+    values, indices = _topk_encode(x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), bias, middle, k, screen)
     shape = (*x.shape[:-1], k)
     return SparseCodes(values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
 
 
 @torch.library.custom_op("sparsekern::topk_encode", mutates_args=())
-def _topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+def _topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str
+) -> tuple[Tensor, Tensor]:
+    centred = x if center is None else x - center
     if x.device.type == "cpu":
-        check_finite("x", x)
+        check_finite("x" if center is None else "x - center", centred)
     backend = choose("topk_encode", x, screen)
     with torch.autocast(x.device.type, enabled=False):
-        return backend.topk_encode(x, weight, bias, k, screen)
+        return backend.topk_encode(centred, weight, bias, k, screen)
 
 
 @_topk_encode.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, _, _ = inputs
+    x, weight, bias, center, _, _ = inputs
     values, indices = output
     ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, weight, values, indices)
+    ctx.save_for_backward(x, weight, center, values, indices)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
-    """``dz = grad · [z > 0]``; ``dx = Σ_j dz_j W[i_j]``, ``dW[i] = Σ dz x``, ``db[i] = Σ dz``."""
-    x, weight, values, indices = ctx.saved_tensors
+    """``dz = grad · [z > 0]``; ``dx = Σ_j dz_j W[i_j]``, ``dW[i] = Σ dz (x − c)``, ``db[i] = Σ dz``, ``dc = −Σ dx``."""
+    x, weight, center, values, indices = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_center, _, _ = ctx.needs_input_grad
     dz = torch.where(values > 0, grad_values, 0)
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
+    dx = dw = db = dc = None
+    # The gradient of the centre needs no dx of its own: Σ_b dx[b] = db @ W, unless the batch is tiny.
+    through_bias = needs_center and not needs_x and dz.numel() > weight.shape[0] // 4
+    if needs_x or (needs_center and not through_bias):
         dx = _sparse_decode(dz, indices, weight, None)
-    if ctx.needs_input_grad[1]:
-        dw = _scatter_outer(dz, indices, x, weight.shape[0])
-    if ctx.has_bias and ctx.needs_input_grad[2]:
+    if needs_weight:
+        dw = weight_gradient(weight, dz, indices, x if center is None else x - center)
+    if (ctx.has_bias and needs_bias) or through_bias:
         ones = dz.new_ones(dz.shape[0], 1)
         db = _scatter_outer(dz, indices, ones, weight.shape[0]).squeeze(1)
-    return dx, dw, db, None, None
+    if needs_center:
+        with torch.autocast(x.device.type, enabled=False):
+            dc = -(db @ weight) if dx is None else -dx.sum(0)
+    return dx if needs_x else None, dw, db if ctx.has_bias and needs_bias else None, dc, None, None
 
 
 _topk_encode.register_autograd(_backward, setup_context=_setup_context)

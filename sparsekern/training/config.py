@@ -17,6 +17,12 @@ class TrainerConfig(Options):
     beta2: float = option(0.999, "decay of Adam's second moment", at_least=0, below=1)
     eps: float = option(1e-8, "Adam's epsilon", above=0)
     clip_norm: float = option(1.0, "bound on the global gradient norm, 0 for none", at_least=0)
+    rest_after: int | None = option(
+        None,
+        "without a gradient, a latent's weights are left alone until it has one again; by default never",
+        unit="steps",
+        at_least=1,
+    )
     steps: int | None = option(None, "length of the run; without it the learning rate never decays", at_least=1)
     warmup_steps: int | None = option(
         None, "linear warm-up; by default 1000 or a twentieth of the run, whichever is less", unit="steps", at_least=0

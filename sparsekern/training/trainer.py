@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.modules import SAE
 from sparsekern.ops._checks import check_finite
-from sparsekern.optim import build_optimizer
+from sparsekern.optim import Adam
 from sparsekern.training.config import TrainerConfig
 from sparsekern.training.schedule import default_lr, warmup_and_decay
 
@@ -76,13 +76,7 @@ class Trainer:
         else:
             self.warmup_steps = 1000 if config.steps is None else min(1000, config.steps // 20)
         self._named = {name: p for name, p in sae.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            self._named.values(),
-            lr=self.peak_lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-        )
+        self.optimizer = Adam(sae, betas=(config.beta1, config.beta2), eps=config.eps, rest_after=config.rest_after)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
         """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
@@ -96,17 +90,8 @@ class Trainer:
         if config.fit_start and fresh:
             sae.fit_start_(x, config.b_dec_init)
         out = sae.train().loss(x, target)
-        self.optimizer.zero_grad(set_to_none=True)
-        out.total.backward()
-        sae.project_decoder_grad_()
-        bound = config.clip_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._named.values(), bound)
-        factor = warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
-        lr = self.peak_lr * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        sae.normalize_decoder_()
+        lr = self.peak_lr * warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
+        grad_norm = self.optimizer.step(out.total, lr=lr, clip_norm=config.clip_norm or float("inf"))
         self.steps_done += 1
         self.tokens_seen += x.numel() // x.shape[-1]
         return StepStats(

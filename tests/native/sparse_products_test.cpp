@@ -125,6 +125,7 @@ NATIVE_TEST(sparse_products_without_rows_or_slots) {
         check_types({3, 0, 7, d, d, d, Latents::any, Numbers::real});
         check_types({0, 0, 0, d, d, d, Latents::any, Numbers::real});
     }
+    check_types({3, 5, 7, 0, 0, 0, Latents::any, Numbers::real});
 }
 
 NATIVE_TEST(sparse_products_of_one_repeated_row) {

@@ -140,14 +140,16 @@ def test_the_same_bits_every_time():
 
 def test_opcheck_gradcheck_and_double_backward():
     x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(4, 6), (11, 6), (11,)])
-    torch.library.opcheck(_topk_encode, (x, weight, bias, 3, "auto"))
-    torch.library.opcheck(_topk_encode, (x, weight, None, 3, "none"))
+    center = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(_topk_encode, (x, weight, bias, center, 3, "auto"))
+    torch.library.opcheck(_topk_encode, (x, weight, None, None, 3, "none"))
 
-    def values(*tensors):
-        return sk.topk_encode(*tensors, 3).values
+    def values(x, weight, bias, center):
+        return sk.topk_encode(x, weight, bias, 3, center=center).values
 
-    assert torch.autograd.gradcheck(values, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(values, (x, weight, bias))
+    for inputs in ((x, weight, bias, center), (x.detach(), weight, bias, center), (x, weight, bias, None)):
+        assert torch.autograd.gradcheck(values, inputs)
+        assert torch.autograd.gradgradcheck(values, inputs)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -196,7 +198,8 @@ def test_peak_memory_stays_far_below_the_dense_pre_activations():
         ({"W_enc": torch.ones(16)}, "W_enc must be 2-D"),
         ({"b_enc": torch.ones(15)}, r"b_enc must have shape \(16,\)"),
         ({"screen": "fp4"}, "screen must be one of"),
-        ({"screen": "int8"}, "no backend serves topk_encode .* screen='int8'"),
+        ({"screen": "fp8"}, "no backend serves topk_encode .* screen='fp8'"),
+        ({"center": torch.ones(7)}, r"center must have shape \(8,\)"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

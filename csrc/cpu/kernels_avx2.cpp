@@ -1,12 +1,21 @@
-// Kernels for AVX2. The target is set here, after the standard headers, rather than by a compiler flag: an inline
-// function of the standard library compiled for AVX2 could otherwise be the copy that the linker keeps for everyone.
+// Kernels for AVX2 and FMA. The target is set here, after the standard headers, rather than by a compiler flag: an inline
+// function of the standard library compiled for it could otherwise be the copy that the linker keeps for everyone.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
+#include "row_adam.h"
 #include "sparse_products.h"
+#include "topk_encode.h"
+#include "workspace.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -16,7 +25,10 @@
 #endif
 
 #define SPARSEKERN_ISA avx2
+#define SPARSEKERN_LEVEL 1
 #include "sparse_products.inl"
+#include "topk_encode.inl"
+#include "row_adam.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -30,6 +42,8 @@ namespace sparsekern {
 template <class T> const SparseProducts<T>* sparse_products_avx2() { return nullptr; }
 template const SparseProducts<float>* sparse_products_avx2<float>();
 template const SparseProducts<double>* sparse_products_avx2<double>();
+const TopkEncode* topk_encode_avx2() { return nullptr; }
+const RowUpdates* row_updates_avx2() { return nullptr; }
 }  // namespace sparsekern
 
 #endif

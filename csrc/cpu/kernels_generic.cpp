@@ -1,0 +1,20 @@
+// Kernels for any machine: the compiler's default instruction set.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "row_adam.h"
+#include "sparse_products.h"
+#include "topk_encode.h"
+#include "workspace.h"
+
+#define SPARSEKERN_ISA generic
+#define SPARSEKERN_LEVEL 0
+#include "sparse_products.inl"
+#include "topk_encode.inl"
+#include "row_adam.inl"

@@ -1,0 +1,667 @@
+// The kernels behind topk_encode.h. The including file sets the compiler's target and SPARSEKERN_LEVEL: 0 generic,
+// 1 AVX2 and FMA, 2 AVX-512 with VNNI.
+
+namespace sparsekern {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What differs between instruction sets: the int8 product of a few rows with a panel, and the test of 16 scores.
+
+#if SPARSEKERN_LEVEL == 2
+constexpr int kTileRows = 6;  // 6 rows x 4 groups: 24 of the 32 registers accumulate
+#else
+constexpr int kTileRows = 4;
+#endif
+
+// Whether tile_product multiplies `packed` as it is, with the 128 that it is too large by.
+constexpr bool kOffset = SPARSEKERN_LEVEL != 1;
+
+// out[r][l] = sum over c of packed[l][c] * xq[r][c], for kTileRows rows and the kPanel latents of one panel; with
+// packed[l][c] - 128 in place of packed[l][c] unless kOffset.
+#if SPARSEKERN_LEVEL == 2
+
+inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+                         std::int32_t (*out)[kPanel]) {
+    __m512i acc[kTileRows][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) acc[r][g] = _mm512_setzero_si512();
+    for (std::int64_t q = 0; q < quads; ++q) {
+        __m512i w[4];
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) w[g] = _mm512_loadu_si512(packed + (q * 4 + g) * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+            std::int32_t four;
+            std::memcpy(&four, xq + r * x_stride + 4 * q, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            // In assembly because GCC 12 copies and spills every accumulator around the intrinsic: half the speed.
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][g]) : "v"(w[g]), "v"(x));
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) _mm512_storeu_si512(out[r] + g * kGroup, acc[r][g]);
+}
+
+#elif SPARSEKERN_LEVEL == 1
+
+inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+                         std::int32_t (*out)[kPanel]) {
+    // `vpmaddubsw` adds two products of an unsigned and a signed byte in 16 bits. |w| times x with w's sign fits, as
+    // 2 * 127 * 127; the unsigned packed bytes times x would not.
+    const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8(-128);
+    for (int g = 0; g < 4; ++g) {
+        __m256i acc[kTileRows][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+        for (std::int64_t q = 0; q < quads; ++q) {
+            const __m256i* at = reinterpret_cast<const __m256i*>(packed + (q * 4 + g) * 64);
+            const __m256i w0 = _mm256_xor_si256(_mm256_loadu_si256(at), middle);
+            const __m256i w1 = _mm256_xor_si256(_mm256_loadu_si256(at + 1), middle);
+            const __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
+#pragma GCC unroll 8
+            for (int r = 0; r < kTileRows; ++r) {
+                std::int32_t four;
+                std::memcpy(&four, xq + r * x_stride + 4 * q, 4);
+                const __m256i x = _mm256_set1_epi32(four);
+                const __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(size0, _mm256_sign_epi8(x, w0)), ones);
+                const __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(size1, _mm256_sign_epi8(x, w1)), ones);
+                acc[r][0] = _mm256_add_epi32(acc[r][0], a);
+                acc[r][1] = _mm256_add_epi32(acc[r][1], b);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[r] + g * kGroup), acc[r][0]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[r] + g * kGroup + 8), acc[r][1]);
+        }
+    }
+}
+
+#else
+
+inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+                         std::int32_t (*out)[kPanel]) {
+    std::memset(out, 0, kTileRows * sizeof(*out));
+    for (std::int64_t q = 0; q < quads; ++q)
+        for (int r = 0; r < kTileRows; ++r) {
+            const std::int8_t* x = xq + r * x_stride + 4 * q;
+            const std::uint8_t* w = packed + q * 4 * 64;
+            for (std::int64_t l = 0; l < kPanel; ++l)
+                out[r][l] += w[4 * l] * x[0] + w[4 * l + 1] * x[1] + w[4 * l + 2] * x[2] + w[4 * l + 3] * x[3];
+        }
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantisation
+
+// Rounding in float32 of a rescored sum of d products and of the few operations on an approximate score, relative to
+// |W| |x|: a worst-case bound with the summation below (64 partial sums), doubled.
+inline float rounding(std::int64_t d) { return (static_cast<float>(d) / 64 + 24) * 1.2e-7f; }
+
+// Below this a scale has no reciprocal in float32; above the inverse, squares overflow.
+constexpr float kSmallest = 1e-30f;
+constexpr float kLargest = 1e15f;
+
+// Workspace: candidates of the rows at hand, and quantised weights where the caller has none.
+constexpr std::int64_t kCandidateBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kPackedBytes = std::int64_t{8} << 20;
+
+// The floor is first raised after this many latents, and then each time that as many again have been screened.
+constexpr std::int64_t kFirstTidy = 512;
+
+
+// max |w[c]|; infinite when an entry is infinite or no number.
+float largest_size(const float* w, std::int64_t d) {
+    float largest = 0;
+    int wrong = 0;
+#pragma omp simd reduction(max : largest) reduction(| : wrong)
+    for (std::int64_t c = 0; c < d; ++c) {
+        const float size = std::fabs(w[c]);
+        largest = size > largest ? size : largest;
+        wrong |= !(size <= std::numeric_limits<float>::max());
+    }
+    return wrong ? std::numeric_limits<float>::infinity() : largest;
+}
+
+// Writes the bytes of one row (rounded to 127ths of its largest entry, plus 128) and its scale, error and norm.
+//
+// Lengths are taken in units of the scale, where squares neither overflow nor underflow, and rounded up by more than
+// their own rounding errors: a sum of d non-negative terms is off by at most d units in the last place.
+void quantize_row(const float* w, std::int64_t d, std::uint8_t* bytes, const Quantized& out, std::int64_t i) {
+    out.scale[i] = out.error[i] = out.norm[i] = 0;
+    std::memset(bytes, 128, padded_width(d));
+    const float largest = largest_size(w, d);
+    if (!(largest < kLargest)) {
+        out.norm[i] = std::numeric_limits<float>::infinity();
+        return;
+    }
+    const float root = std::sqrt(static_cast<float>(d));
+    if (largest < kSmallest) {
+        out.error[i] = out.norm[i] = largest * root * 1.001f;
+        return;
+    }
+    const float scale = largest / 127, inverse = 127 / largest;
+    float squares = 0, errors = 0;
+#pragma omp simd reduction(+ : squares, errors)
+    for (std::int64_t c = 0; c < d; ++c) {
+        const float value = w[c] * inverse;
+        const int whole = static_cast<int>(value + std::copysign(0.5f, value));
+        const float rest = value - static_cast<float>(whole);
+        bytes[c] = static_cast<std::uint8_t>(whole + 128);
+        squares += value * value;
+        errors += rest * rest;
+    }
+    const float up = 1 + 1e-6f + 6e-8f * static_cast<float>(d);
+    out.scale[i] = scale;
+    out.error[i] = scale * (std::sqrt(errors) + 4e-5f * root) * up;
+    out.norm[i] = scale * std::sqrt(squares) * up + out.error[i];
+}
+
+// Moves the bytes of kGroup rows, [kGroup][width], to their place in the panels.
+void pack_group(const std::uint8_t* rows, std::int64_t width, std::uint8_t* packed, std::int64_t first) {
+    const std::int64_t quads = width / 4;
+    std::uint8_t* to = packed + first / kPanel * kPanel * width + first % kPanel / kGroup * 64;
+    for (std::int64_t q = 0; q < quads; ++q, to += 4 * 64)
+        for (std::int64_t l = 0; l < kGroup; ++l) std::memcpy(to + 4 * l, rows + l * width + 4 * q, 4);
+}
+
+// `out.packed` begins at latent `origin`.
+void quantize_from(std::int64_t origin, const Weights& weights, const Quantized& out, std::int64_t first,
+                   std::int64_t last) {
+    const std::int64_t width = padded_width(weights.d);
+    std::vector<std::uint8_t> rows(kGroup * width);
+    for (std::int64_t group = first; group < last; group += kGroup) {
+        for (std::int64_t i = group; i < group + kGroup; ++i) {
+            std::uint8_t* bytes = rows.data() + (i - group) * width;
+            if (i < weights.n) {
+                quantize_row(weights.data + i * weights.stride, weights.d, bytes, out, i);
+            } else {
+                out.scale[i] = out.error[i] = out.norm[i] = 0;
+                std::memset(bytes, 128, width);
+            }
+        }
+        pack_group(rows.data(), width, out.packed, group - origin);
+    }
+}
+
+void quantize(const Weights& weights, const Quantized& out, std::int64_t first, std::int64_t last) {
+    quantize_from(0, weights, out, first, last);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Screening
+
+constexpr int kMaxOutliers = 16;
+
+// Dimensions whose largest input is this many times that of the median dimension are multiplied in float32.
+constexpr float kOutlierRatio = 6;
+
+// One row of the batch while its latents are screened.
+struct Row {
+    float floor;          // no latent scoring below this is among the k largest
+    float scale;          // of the quantised input
+    float length;         // |x| without the outlier dimensions: multiplies Quantized::error
+    float missing;        // |x - x^| and rounding: multiplies Quantized::norm
+    float rounding;       // what rounding a rescored score can suffer, per unit of Quantized::norm
+    std::int32_t offset;  // 128 * sum of the quantised input, which the product with `packed` has too much
+    std::int32_t count;   // candidates
+    bool certain;
+    float* upper;         // [capacity] upper bounds of the candidates' scores
+    std::int32_t* index;  // [capacity]
+    float outlier[kMaxOutliers];
+};
+
+struct Screen {
+    const EncodeArgs& args;
+    Quantized quantized;    // `packed` begins at latent `origin`
+    std::int64_t origin;
+    std::int64_t capacity;  // of a row's candidates
+    float slack;            // what rounding can do to a score beside its products: that of adding the bias
+    int outliers;
+    std::int64_t outlier_column[kMaxOutliers];
+
+    // The most by which the approximate score of latent i can miss the true one.
+    float margin(const Row& row, std::int64_t i) const {
+        return quantized.error[i] * row.length + quantized.norm[i] * row.missing + slack;
+    }
+};
+
+// What a thread needs to know of the panel at hand.
+struct Panel {
+    std::int64_t first;
+    float worst_error, worst_norm;
+    alignas(64) float base[kPanel];  // bias; lowest beyond the last latent
+    alignas(64) float outlier[kMaxOutliers][kPanel];
+
+    void enter(const Screen& screen, std::int64_t at) {
+        const Weights& w = screen.args.weights;
+        first = at;
+        worst_error = worst_norm = 0;
+        for (std::int64_t l = 0; l < kPanel; ++l) {
+            const bool real = at + l < w.n;
+            base[l] = !real ? -std::numeric_limits<float>::infinity() : screen.args.bias ? screen.args.bias[at + l] : 0;
+            worst_error = std::max(worst_error, screen.quantized.error[at + l]);
+            worst_norm = std::max(worst_norm, screen.quantized.norm[at + l]);
+            for (int o = 0; o < screen.outliers; ++o)
+                outlier[o][l] = real ? w.data[(at + l) * w.stride + screen.outlier_column[o]] : 0;
+        }
+    }
+};
+
+// A value that at least k of the n values reach, close to the largest such; n >= k.
+float reached_by(std::int64_t k, const float* values, std::int64_t n) {
+    float low = values[0], high = values[0];
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (std::int64_t i = 0; i < n; ++i) {
+        low = values[i] < low ? values[i] : low;
+        high = values[i] > high ? values[i] : high;
+    }
+    for (int step = 0; step < 14; ++step) {
+        const float middle = low + (high - low) / 2;
+        std::int32_t reach = 0;
+#pragma omp simd reduction(+ : reach)
+        for (std::int64_t i = 0; i < n; ++i) reach += values[i] >= middle;
+        if (reach >= k) low = middle; else high = middle;
+        if (reach == k) break;
+    }
+    return low;
+}
+
+// Raises the row's floor to what k candidates certainly reach, and drops the candidates that certainly stay below it.
+void prune(const Screen& screen, Row& row, float* scratch) {
+    if (row.count < screen.args.k) return;
+    for (std::int32_t c = 0; c < row.count; ++c) scratch[c] = row.upper[c] - 2 * screen.margin(row, row.index[c]);
+    row.floor = std::max(row.floor, reached_by(screen.args.k, scratch, row.count));
+    std::int32_t kept = 0;
+    for (std::int32_t c = 0; c < row.count; ++c) {
+        const float upper = row.upper[c];
+        row.upper[kept] = upper;
+        row.index[kept] = row.index[c];
+        kept += upper >= row.floor;
+    }
+    row.count = kept;
+}
+
+void give_up(Row& row) {
+    row.certain = false;
+    row.count = 0;
+    row.floor = std::numeric_limits<float>::max();
+}
+
+// Adds to the row's candidates those of the kGroup latents from panel.first + at whose score may reach its floor.
+#if SPARSEKERN_LEVEL == 2
+
+inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product, std::int64_t at,
+                    float cut) {
+    const std::int64_t first = panel.first + at;
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(screen.quantized.scale + first), _mm512_set1_ps(row.scale));
+    const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(product + at), _mm512_set1_epi32(row.offset));
+    __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, _mm512_load_ps(panel.base + at));
+    for (int o = 0; o < screen.outliers; ++o)
+        score = _mm512_fmadd_ps(_mm512_set1_ps(row.outlier[o]), _mm512_load_ps(panel.outlier[o] + at), score);
+    __mmask16 hit = _mm512_cmp_ps_mask(score, _mm512_set1_ps(cut), _CMP_GE_OQ);
+    if (!hit) return;
+    __m512 upper = _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.norm + first), _mm512_set1_ps(row.missing),
+                                   _mm512_add_ps(score, _mm512_set1_ps(screen.slack)));
+    upper = _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.error + first), _mm512_set1_ps(row.length), upper);
+    hit = _mm512_mask_cmp_ps_mask(hit, upper, _mm512_set1_ps(row.floor), _CMP_GE_OQ);
+    const __m512i index =
+        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    // Compressed in a register and stored whole: compressing stores are microcode on some machines.
+    _mm512_storeu_ps(row.upper + row.count, _mm512_maskz_compress_ps(hit, upper));
+    _mm512_storeu_si512(row.index + row.count, _mm512_maskz_compress_epi32(hit, index));
+    row.count += __builtin_popcount(hit);
+}
+
+#else
+
+inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product, std::int64_t at,
+                    float cut) {
+    const std::int64_t first = panel.first + at;
+    const float* scale = screen.quantized.scale + first;
+    alignas(64) float score[kGroup];
+    std::int32_t hit[kGroup];
+    for (std::int64_t l = 0; l < kGroup; ++l)
+        score[l] = static_cast<float>(product[at + l] - row.offset) * (scale[l] * row.scale) + panel.base[at + l];
+    for (int o = 0; o < screen.outliers; ++o)
+        for (std::int64_t l = 0; l < kGroup; ++l) score[l] += row.outlier[o] * panel.outlier[o][at + l];
+    std::int32_t any = 0;
+    for (std::int64_t l = 0; l < kGroup; ++l) any |= hit[l] = score[l] >= cut;
+    if (!any) return;
+    for (std::int64_t l = 0; l < kGroup; ++l) {
+        const float upper = score[l] + screen.margin(row, first + l);
+        row.upper[row.count] = upper;
+        row.index[row.count] = static_cast<std::int32_t>(first + l);
+        row.count += hit[l] & (upper >= row.floor);
+    }
+}
+
+#endif
+
+// Screens the rows [begin, end), multiples of kTileRows, against the latents [first, last) of the block at hand.
+void screen_rows(const Screen& screen, Row* rows, const std::int8_t* xq, std::int64_t begin, std::int64_t end,
+                 std::int64_t first, std::int64_t last) {
+    const std::int64_t width = padded_width(screen.args.weights.d);
+    std::vector<float> scratch(screen.capacity);
+    Panel panel;
+    alignas(64) std::int32_t product[kTileRows][kPanel];
+    for (std::int64_t at = first; at < last; at += kPanel) {
+        panel.enter(screen, at);
+        const std::uint8_t* packed = screen.quantized.packed + (at - screen.origin) * width;
+        const bool tidy = at >= kFirstTidy && (at & (at - 1)) == 0;
+        for (std::int64_t b = begin; b < end; b += kTileRows) {
+            tile_product(packed, xq + b * width, width, width / 4, product);
+            for (int r = 0; r < kTileRows; ++r) {
+                Row& row = rows[b + r];
+                if (tidy) prune(screen, row, scratch.data());
+                const float cut =
+                    row.floor - (panel.worst_error * row.length + panel.worst_norm * row.missing + screen.slack);
+                for (std::int64_t g = 0; g < kPanel; g += kGroup) collect(screen, panel, row, product[r], g, cut);
+                if (row.count > screen.capacity - 2 * kPanel) {
+                    prune(screen, row, scratch.data());
+                    if (row.count > screen.capacity - 2 * kPanel) give_up(row);
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rescoring
+
+// <a, b>; `next` is what the caller reads next.
+#if SPARSEKERN_LEVEL == 2
+
+inline float dot(const float* a, const float* b, std::int64_t d, const float* next) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    std::int64_t c = 0;
+    for (; c + 64 <= d; c += 64) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) {
+            _mm_prefetch(reinterpret_cast<const char*>(next + c + 16 * u), _MM_HINT_T0);
+            sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(a + c + 16 * u), _mm512_loadu_ps(b + c + 16 * u), sum[u]);
+        }
+    }
+    for (; c < d; c += 16) {
+        const __mmask16 tail = d - c >= 16 ? 0xffff : static_cast<__mmask16>((1 << (d - c)) - 1);
+        sum[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(tail, a + c), _mm512_maskz_loadu_ps(tail, b + c), sum[0]);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+#else
+
+inline float dot(const float* a, const float* b, std::int64_t d, const float* next) {
+    constexpr std::int64_t kLanes = 32;
+    float lanes[kLanes] = {};
+    std::int64_t c = 0;
+    for (; c + kLanes <= d; c += kLanes) {
+        __builtin_prefetch(next + c);
+        __builtin_prefetch(next + c + 16);
+        for (std::int64_t l = 0; l < kLanes; ++l) lanes[l] += a[c + l] * b[c + l];
+    }
+    float sum = 0;
+    for (; c < d; ++c) sum += a[c] * b[c];
+    for (std::int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+    return sum;
+}
+
+#endif
+
+double exact_dot(const float* a, const float* b, std::int64_t d) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t c = 0; c < d; ++c) sum += static_cast<double>(a[c]) * b[c];
+    return sum;
+}
+
+struct Scored {
+    float score;
+    std::int32_t index;
+};
+
+// Falling scores, ties to the lower index.
+inline bool before(const Scored& a, const Scored& b) {
+    return a.score > b.score || (a.score == b.score && a.index < b.index);
+}
+
+struct Rescorer {
+    const Screen& screen;
+    std::vector<float> approximate;
+    std::vector<std::int32_t> queue;
+    std::vector<Scored> scored;
+    std::int64_t done = 0;
+
+    explicit Rescorer(const Screen& s) : screen(s), approximate(s.capacity) {}
+
+    const float* weight(std::int32_t i) const { return screen.args.weights.data + i * screen.args.weights.stride; }
+    float bias(std::int32_t i) const { return screen.args.bias ? screen.args.bias[i] : 0; }
+
+    void rescore_queue(const float* x) {
+        for (std::size_t q = 0; q < queue.size(); ++q) {
+            const float* next = weight(queue[std::min(q + 1, queue.size() - 1)]);
+            scored.push_back({dot(weight(queue[q]), x, screen.args.weights.d, next) + bias(queue[q]), queue[q]});
+        }
+        done += static_cast<std::int64_t>(queue.size());
+        queue.clear();
+    }
+
+    float kth_score() {
+        const auto kth = scored.begin() + (screen.args.k - 1);
+        std::nth_element(scored.begin(), kth, scored.end(), before);
+        return kth->score;
+    }
+
+    // Writes the k largest of the row's candidates.
+    void finish(Row& row, const float* x, float* values, std::int32_t* index) {
+        const std::int64_t k = screen.args.k;
+        if (row.certain) prune(screen, row, approximate.data());
+        if (!row.certain || row.count < k) {
+            row.certain = false;
+            return;
+        }
+        // First the k that look best: what they reach spares most of the others.
+        scored.clear();
+        for (std::int32_t c = 0; c < row.count; ++c)
+            approximate[c] = row.upper[c] - screen.margin(row, row.index[c]);
+        const float good = reached_by(k, approximate.data(), row.count);
+        for (std::int32_t c = 0; c < row.count; ++c)
+            if (approximate[c] >= good) queue.push_back(row.index[c]);
+        rescore_queue(x);
+        row.floor = std::max(row.floor, kth_score());
+        for (std::int32_t c = 0; c < row.count; ++c)
+            if (approximate[c] < good && row.upper[c] >= row.floor) queue.push_back(row.index[c]);
+        rescore_queue(x);
+        settle_near_ties(row, x, kth_score());
+        std::sort(scored.begin(), scored.begin() + k, before);
+        for (std::int64_t j = 0; j < k; ++j) {
+            values[j] = std::max(scored[j].score, 0.0f);
+            index[j] = scored[j].index;
+        }
+    }
+
+    // Scores that float32 rounding could have moved across the k-th are ordered by their float64 values instead, so
+    // that the selected set is that of exact arithmetic. After this the first k of `scored` are the selected.
+    void settle_near_ties(const Row& row, const float* x, float kth) {
+        const auto near = [&](const Scored& s) {
+            return std::fabs(s.score - kth) <= 2 * (screen.quantized.norm[s.index] * row.rounding + screen.slack);
+        };
+        const auto above = [&](const Scored& s) { return s.score > kth && !near(s); };
+        const auto ties = std::partition(scored.begin(), scored.end(), above);
+        const auto rest = std::partition(ties, scored.end(), near);
+        const std::int64_t open = screen.args.k - (ties - scored.begin());
+        if (rest - ties <= open) return;
+        std::vector<std::pair<double, Scored>> exact;
+        for (auto s = ties; s != rest; ++s)
+            exact.push_back({exact_dot(weight(s->index), x, screen.args.weights.d) + bias(s->index), *s});
+        std::sort(exact.begin(), exact.end(), [](const auto& a, const auto& b) {
+            return a.first > b.first || (a.first == b.first && a.second.index < b.second.index);
+        });
+        std::transform(exact.begin(), exact.end(), ties, [](const auto& e) { return e.second; });
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The whole
+
+// Quantises one input and sets up its row; `xq` has padded_width(d) bytes.
+void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) {
+    const std::int64_t d = screen.args.weights.d;
+    std::memset(xq, 0, padded_width(d));
+    row.floor = std::numeric_limits<float>::lowest();
+    row.scale = row.length = row.missing = row.rounding = 0;
+    row.offset = row.count = 0;
+    row.certain = true;
+    float apart = 0, largest = largest_size(x, d);
+    if (!(largest < kLargest)) return give_up(row);
+    if (screen.outliers) {
+        for (int o = 0; o < screen.outliers; ++o) {
+            row.outlier[o] = x[screen.outlier_column[o]];
+            apart += std::fabs(row.outlier[o]);
+        }
+        largest = 0;
+        for (std::int64_t c = 0, o = 0; c < d; ++c) {
+            if (o < screen.outliers && screen.outlier_column[o] == c)
+                ++o;
+            else
+                largest = std::max(largest, std::fabs(x[c]));
+        }
+    }
+    if (largest > 0 && largest < kSmallest) return give_up(row);
+    const float root = std::sqrt(static_cast<float>(d));
+    const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    float squares = 0, errors = 0;
+    std::int32_t sum = 0;
+#pragma omp simd reduction(+ : squares, errors, sum)
+    for (std::int64_t c = 0; c < d; ++c) {
+        // An outlier dimension is clamped here and counts as zero below.
+        const float value = std::min(std::max(x[c] * inverse, -127.0f), 127.0f);
+        const int whole = static_cast<int>(value + std::copysign(0.5f, value));
+        const float rest = value - static_cast<float>(whole);
+        xq[c] = static_cast<std::int8_t>(whole);
+        squares += value * value;
+        errors += rest * rest;
+        sum += whole;
+    }
+    for (int o = 0; o < screen.outliers; ++o) {
+        std::int8_t& byte = xq[screen.outlier_column[o]];
+        sum -= byte;
+        byte = 0;
+    }
+    const float up = 1 + 1e-6f + 6e-8f * static_cast<float>(d);
+    row.scale = scale;
+    row.offset = kOffset ? 128 * sum : 0;
+    row.length = scale * std::sqrt(squares) * up;
+    row.rounding = rounding(d) * (row.length + apart);
+    row.missing = scale * (std::sqrt(errors) + 4e-5f * root) * up + row.rounding;
+}
+
+// Input dimensions that dwarf the others, by the largest entry of each in this batch.
+void find_outliers(Screen& screen, std::int64_t first, std::int64_t rows) {
+    const std::int64_t d = screen.args.weights.d;
+    std::vector<float> largest(d, 0);
+    for (std::int64_t b = first; b < first + rows; ++b) {
+        const float* x = screen.args.x + b * screen.args.x_stride;
+        for (std::int64_t c = 0; c < d; ++c) largest[c] = std::max(largest[c], std::fabs(x[c]));
+    }
+    std::vector<float> sorted = largest;
+    std::nth_element(sorted.begin(), sorted.begin() + d / 2, sorted.end());
+    const float limit = kOutlierRatio * sorted[d / 2];
+    screen.outliers = 0;
+    if (limit == 0) return;  // most dimensions are unused; there is no scale to compare with
+    std::vector<std::pair<float, std::int64_t>> found;
+    for (std::int64_t c = 0; c < d; ++c)
+        if (largest[c] > limit) found.push_back({-largest[c], c});
+    std::sort(found.begin(), found.end());
+    for (const auto& [size, column] : found)
+        if (screen.outliers < kMaxOutliers) screen.outlier_column[screen.outliers++] = column;
+    std::sort(screen.outlier_column, screen.outlier_column + screen.outliers);
+}
+
+std::int64_t encode(const EncodeArgs& args) {
+    const std::int64_t n = args.weights.n, d = args.weights.d, width = padded_width(d), latents = padded_latents(n);
+    Screen screen{args, {}, 0, 0, 0, 0, {}};
+    screen.capacity = std::min(latents, std::max<std::int64_t>({4096, 32 * args.k, 4 * d})) + 4 * kPanel;
+    float largest_bias = 0;
+    for (std::int64_t i = 0; args.bias && i < n; ++i) largest_bias = std::max(largest_bias, std::fabs(args.bias[i]));
+    screen.slack = 4e-7f * largest_bias + 1e-33f;
+
+    const std::int64_t block_rows = std::clamp<std::int64_t>(kCandidateBytes / (8 * screen.capacity), 1, args.rows);
+    const std::int64_t tiles = (block_rows + kTileRows - 1) / kTileRows;
+    const std::int64_t block_latents =
+        args.quantized ? latents : std::min(latents, std::max(kPanel, kPackedBytes / width / kPanel * kPanel));
+    Workspace workspace;
+    const auto rows = workspace.take<Row>(tiles * kTileRows);
+    const auto xq = workspace.take<std::int8_t>(tiles * kTileRows * width);
+    const auto upper = workspace.take<float>(tiles * kTileRows * screen.capacity);
+    const auto index = workspace.take<std::int32_t>(tiles * kTileRows * screen.capacity);
+    if (args.quantized) {
+        screen.quantized = *args.quantized;
+    } else {
+        screen.quantized.packed = workspace.take<std::uint8_t>(block_latents * width);
+        screen.quantized.scale = workspace.take<float>(latents);
+        screen.quantized.error = workspace.take<float>(latents);
+        screen.quantized.norm = workspace.take<float>(latents);
+    }
+
+    std::atomic<std::int64_t> rescored{0};
+    for (std::int64_t top = 0; top < args.rows; top += block_rows) {
+        const std::int64_t count = std::min(block_rows, args.rows - top);
+        const std::int64_t used = (count + kTileRows - 1) / kTileRows;
+        find_outliers(screen, top, count);
+        parallel_for(used, args.threads, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t b = begin * kTileRows; b < end * kTileRows; ++b) {
+                rows[b].upper = upper + b * screen.capacity;
+                rows[b].index = index + b * screen.capacity;
+                // The last tile is filled up with copies of the last row, which collect nothing.
+                enter_row(screen, args.x + (top + std::min(b, count - 1)) * args.x_stride, xq + b * width, rows[b]);
+                if (b >= count) give_up(rows[b]);
+            }
+        });
+        for (std::int64_t first = 0; first < latents; first += block_latents) {
+            const std::int64_t last = std::min(latents, first + block_latents);
+            if (!args.quantized) {
+                screen.origin = first;
+                parallel_for((last - first) / kGroup, args.threads, [&](std::int64_t begin, std::int64_t end) {
+                    quantize_from(first, args.weights, screen.quantized, first + begin * kGroup, first + end * kGroup);
+                });
+            }
+            // More parts than threads: a thread that was held up gets fewer of them.
+            const std::int64_t parts = std::min<std::int64_t>(used, 4 * args.threads);
+            parallel_for(used, args.threads, parts, [&](std::int64_t begin, std::int64_t end) {
+                screen_rows(screen, rows, xq, begin * kTileRows, end * kTileRows, first, last);
+            });
+        }
+        const bool finite = std::all_of(screen.quantized.norm, screen.quantized.norm + n,
+                                        [](float norm) { return norm <= std::numeric_limits<float>::max(); });
+        parallel_for(count, args.threads, std::min<std::int64_t>(count, 8 * args.threads),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         Rescorer rescorer(screen);
+                         for (std::int64_t b = begin; b < end; ++b) {
+                             rows[b].certain &= finite;
+                             rescorer.finish(rows[b], args.x + (top + b) * args.x_stride,
+                                             args.values + (top + b) * args.k, args.index + (top + b) * args.k);
+                             args.certain[top + b] = rows[b].certain;
+                         }
+                         rescored += rescorer.done;
+                     });
+    }
+    return rescored;
+}
+
+}  // namespace
+
+const TopkEncode* SPARSEKERN_JOIN(topk_encode_, SPARSEKERN_ISA)() {
+    static const TopkEncode table = {quantize, encode};
+    return &table;
+}
+
+}  // namespace sparsekern
