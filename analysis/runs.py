@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from sparsekern.analysis.latents import describe_latents
 from torch import Tensor
 
 from sparsekern import SAE
+from sparsekern.analysis.latents import describe_latents
 from sparsekern.data import ActivationStore
 from sparsekern.files import write_atomically
 from sparsekern.training import read_metrics

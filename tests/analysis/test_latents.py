@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from sparsekern.analysis.latents import _markdown, describe_latents, spread_by_density, top_contexts
-from sparsekern.analysis.runs import write_report
 
 import sparsekern as sk
+from sparsekern.analysis.latents import _markdown, describe_latents, spread_by_density, top_contexts
+from sparsekern.analysis.runs import write_report
 from sparsekern.data import ActivationStore, StoreWriter
 
 
