@@ -51,6 +51,7 @@ class Worker:
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiler processes beside the contenders
+            "SPARSIFY_DISABLE_TRITON": "1",  # its kernels want a GPU's tensors, and everything here is on the CPU
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
             **(entry.environment if entry else {}),
@@ -114,15 +115,16 @@ def run(options: BenchOptions, progress: bool = False) -> dict[str, Any]:
     done: list[dict[str, Any]] = []
     result = {
         **record.provenance(),
+        "device": record.cpu_name(),  # also where there is a GPU
         "threads": threads,
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.to_dict().items()},
+        "options": {name: v for name, v in options.to_dict().items() if not isinstance(v, Path)},
         "store": None if store is None else {**store.source, "tokens": store.tokens, "d": store.d},
         "skipped": skipped,
         "cases": done,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     plan = [groups(names, case, options.memory_share) if "steps" in parts else [] for case in cases]
-    turns = options.rounds * sum(("kernels" in parts) + sum(map(len, teams)) for teams in plan)
+    turns = (options.warm_up + options.rounds) * sum(("kernels" in parts) + sum(map(len, teams)) for teams in plan)
     with Progress("bench", turns, unit="turns", shown=progress) as bar:
         meter = Meter(bar)
         for case, teams in zip(cases, plan, strict=True):
@@ -212,6 +214,7 @@ class Bench:
             warm_up=self.options.warm_up,
             seed=self.options.seed,
         )
+        self.meter.add(self.options.warm_up, f"{self.case.label}: {what}")
         return worker, reply
 
     def time(self, worker: Worker, call: str, batch: int) -> float:

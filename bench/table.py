@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +24,47 @@ class Grid(NamedTuple):
 
 def tables(record: Record) -> list[Grid]:
     """Everything that a record has to show."""
-    return [grid for make in (steps, against, memory, kernels, exactness) if (grid := make(record)).rows]
+    return [grid for make in (summary, steps, against, memory, kernels, exactness) if (grid := make(record)).rows]
+
+
+def summary(record: Record) -> Grid:
+    """What the project promises, one figure a case; of SAELens the faster of its two ways."""
+
+    def over(*names: str) -> Callable[[Any, Any], float]:
+        return lambda steps, _: min(steps[name]["over_sparsekern"]["median"] for name in names if name in steps)
+
+    def peak(measured: Any) -> float:
+        kept: float = measured["parameters_and_optimizer_bytes"]
+        return (kept + measured["beyond_bytes"]) / kept
+
+    lines: dict[str, Callable[[Any, Any], float]] = {
+        "full step ÷ one fp32 matmul": lambda steps, _: steps["sparsekern"]["ratio"]["median"],
+        "– with AVX2 kernels": lambda steps, _: steps["sparsekern-avx2"]["ratio"]["median"],
+        "encode alone ÷ one fp32 matmul": lambda _, kernels: kernels["ratio"]["topk_encode"]["median"],
+        "sparsify's step ÷ sparsekern's": over("sparsify"),
+        "SAELens' step ÷ sparsekern's": over("saelens", "saelens-sparse"),
+        "dictionary_learning's step ÷ sparsekern's": over("dictionary-learning"),
+        "torch.compile's step ÷ sparsekern's": over("torch-compile"),
+        "speed-up from the first thread to all": over("sparsekern-1-thread"),
+        "peak memory ÷ parameters and optimizer": lambda steps, _: peak(steps["sparsekern"]),
+    }
+
+    def cell(figure: Callable[[Any, Any], float], case: Any) -> str:
+        try:
+            return f"{figure(case.get('steps') or {}, case.get('kernels') or {}):.2f}"
+        except (KeyError, ValueError, TypeError):  # not measured
+            return "–"
+
+    rows = [[name, *[cell(figure, case) for case in record["cases"]]] for name, figure in lines.items()]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    return Grid("in short, medians", ["", *map(heading, record["cases"])], rows)
 
 
 def steps(record: Record) -> Grid:
     """Full steps in units of the matmul."""
 
-    def cell(measured: Any) -> str:
-        wins = measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
-        return bold(spread(measured["ratio"]), wins)
+    def cell(name: str, measured: Any) -> str:
+        return bold(spread(measured["ratio"]), wins(name, measured))
 
     return by_case(record, "steps", "full step ÷ one fp32 encoder matmul: median (quartiles)", cell)
 
@@ -39,9 +72,9 @@ def steps(record: Record) -> Grid:
 def against(record: Record) -> Grid:
     """Full steps in units of sparsekern's."""
 
-    def cell(measured: Any) -> str:
+    def cell(name: str, measured: Any) -> str:
         over = measured.get("over_sparsekern")
-        return bold(spread(over), over["median"] < 1) if over else "–"
+        return bold(spread(over), wins(name, measured)) if over else "–"
 
     grid = by_case(record, "steps", "full step ÷ sparsekern's full step: median (quartiles)", cell)
     return grid._replace(rows=[row for row in grid.rows if row[0] != "sparsekern" and set(row[1:]) != {"–"}])
@@ -50,7 +83,7 @@ def against(record: Record) -> Grid:
 def memory(record: Record) -> Grid:
     """Highest memory of a step as a multiple of what must be kept, and how much that is beyond it."""
 
-    def cell(measured: Any) -> str:
+    def cell(name: str, measured: Any) -> str:
         kept, beyond = measured["parameters_and_optimizer_bytes"], measured["beyond_bytes"]
         return "–" if beyond is None else f"{(kept + beyond) / kept:.2f} (+{beyond / 2**20:,.0f} MiB)"
 
@@ -67,8 +100,8 @@ def kernels(record: Record) -> Grid:
         for case in cases:
             ratio = case["kernels"]["ratio"]
             ours = ratio.get("topk_encode" if call.startswith("topk_encode") else f"{call.split(', ')[0]}, cpu")
-            wins = ours is not None and ours is not ratio[call] and ratio[call]["median"] < ours["median"]
-            cells.append(bold(spread(ratio[call], 3), wins))
+            ahead = ours is not None and ratio[call]["median"] < ours["median"]
+            cells.append(bold(spread(ratio[call], 3), ahead))
         rows.append([call, *cells])
     return Grid("kernel ÷ one fp32 encoder matmul: median (quartiles)", ["", *map(heading, cases)], rows)
 
@@ -90,11 +123,16 @@ def exactness(record: Record) -> Grid:
     return Grid("exactness of topk_encode", ["", *map(heading, cases)], rows if cases else [])
 
 
-def by_case(record: Record, part: str, title: str, cell: Any) -> Grid:
+def wins(name: str, measured: Any) -> bool:
+    """Whether this is another library, and its step the faster one."""
+    return not name.startswith("sparsekern") and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
+
+
+def by_case(record: Record, part: str, title: str, cell: Callable[[str, Any], str]) -> Grid:
     """A row for each contender, a column for each case."""
     cases = [case for case in record["cases"] if case.get(part)]
     names = list(dict.fromkeys(name for case in cases for name in case[part]))
-    rows = [[name, *[cell(case[part][name]) if name in case[part] else "–" for case in cases]] for name in names]
+    rows = [[name, *[cell(name, case[part][name]) if name in case[part] else "–" for case in cases]] for name in names]
     return Grid(title, ["", *map(heading, cases)], rows)
 
 

@@ -298,7 +298,7 @@ def bench_command(options: BenchOptions) -> None:
     try:
         record = run.run(options, progress=True)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"the cases that were finished are in {options.output}") from stop
+        raise KeyboardInterrupt(f"finished cases, if any, are in {options.output}") from stop
     for grid in table.tables(record):
         shown = Table(*grid.header, title=grid.title, title_justify="left")
         for row in grid.rows:

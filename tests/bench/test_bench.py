@@ -239,6 +239,7 @@ def test_the_table_shows_where_a_peer_wins_and_what_is_missing():
                     "sparsekern": facts,
                     "torch": {**facts, "over_sparsekern": {**flat, "median": 0.9}},
                     "saelens": {**facts, "over_sparsekern": {**flat, "median": 1.1}},
+                    "sparsekern-avx2": {**facts, "over_sparsekern": {**flat, "median": 0.9}},
                 },
                 "failed": {"torch-compile": "Traceback …\nRuntimeError: no compiler"},
             }
@@ -246,6 +247,10 @@ def test_the_table_shows_where_a_peer_wins_and_what_is_missing():
     }
     text = table.markdown(record)
     assert "| torch | **1.25 (1.00–1.00)** |" in text
+    assert "| sparsekern-avx2 | 1.25 (1.00–1.00) |" in text, "its own kernels are no peer"
+    assert "| full step ÷ one fp32 matmul | 1.25 |" in text
+    assert "| SAELens' step ÷ sparsekern's | 1.10 |" in text
+    assert "sparsify's step" not in text
     assert "| saelens | 1.25 (1.00–1.00) |" in text
     assert "| torch | **0.90 (1.00–1.00)** |" in text
     assert "| saelens | 2.00 (+1 MiB) |" in text
