@@ -37,12 +37,13 @@ def plot_steps(record: dict[str, Any], path: Path) -> bool:
             axes.annotate(f"{value:.2f}", end, (4, 0), textcoords="offset points", va="center", fontsize=8)
         for line, style in ((1.0, "-"), (0.5, "--")):
             axes.axvline(line, color="C3", lw=1, ls=style)
-        axes.set_xscale("log")
-        axes.set_xlim(0.3, 1.5 * max(2.0, *middle))
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(heading(case), fontsize=9, loc="left")
-    ticks = [0.5, 1, 2, 5, 10, 20]
+    medians = [measured["ratio"]["median"] for case in cases for measured in case["steps"].values()]
+    low, high = min(0.3, 0.7 * min(medians)), max(2.0, 1.5 * max(medians))  # shared by all panels
+    grid[-1, 0].set(xscale="log", xlim=(low, high))
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
     grid[-1, 0].set_xticks(ticks, [str(tick) for tick in ticks])
     grid[-1, 0].set_xticks([], minor=True)
     grid[-1, 0].set_xlabel("full training step ÷ one fp32 encoder matmul (lower is better)")
