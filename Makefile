@@ -21,7 +21,7 @@ endif
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: train test lint clean sanitize sanitize-address sanitize-thread
+.PHONY: train test lint bench clean sanitize sanitize-address sanitize-thread
 
 train: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
@@ -59,6 +59,10 @@ build/native/address build/native/thread: build/native/%: $(NATIVE_SOURCES) Make
 	$(CXX) $(NATIVE_FLAGS) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all \
 	    $(filter %.cpp,$^) -o $@ $(NATIVE_LIBS)
 
+# Against the peers, on made data, and on STORE where there is one.
+bench: $(VENV)/installed-bench
+	$(BIN)/sparsekern bench $(if $(wildcard $(STORE)/manifest.json),--activations $(STORE))
+
 clean:
 	rm -rf build dist *.egg-info sparsekern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -74,4 +78,12 @@ $(VENV)/installed: $(VENV)/python-ok $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -e ".[cli,models,analysis,report,dev]"
+	touch $@
+
+# dictionary-learning asks for torchvision and does not use it; a build that does not match torch breaks the peers.
+$(VENV)/installed-# Against the peers, on made data, and on STORE where there is one.
+bench: $(VENV)/installed
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[cli,models,analysis,report,bench]"
+	$(BIN)/python -m pip uninstall -q -y torchvision
 	touch $@

@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -84,4 +85,5 @@ class BuildExt(build_ext):
         subprocess.run(command, check=True)
 
 
+ParallelCompile("SPARSEKERN_BUILD_JOBS").install()  # by default a job for each core
 setup(ext_modules=[native_extension(), *cuda_extensions()], cmdclass={"build_ext": BuildExt})

@@ -1,4 +1,4 @@
-"""What every record under bench/results/ says about where it came from, and how its timings are taken."""
+"""What every record under bench/results/ says about where it came from, and how its samples are summed up."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import datetime
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsekern.backends import cpu
-from sparsekern.files import write_json
 from sparsekern.training import versions
 
 
@@ -40,28 +37,6 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time `calls` in turn, `rounds` times after one warm-up: milliseconds, median with quartiles.
-
-    Taking turns spreads a machine's slow moments over all of them, so that their ratios can be trusted where the times
-    themselves cannot.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: dict(zip(("low", "median", "high"), statistics.quantiles(taken, n=4), strict=True))
-        for name, taken in times.items()
-    }
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
-    print(f"→ {path}")
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles of at least two samples."""
+    return dict(zip(("low", "median", "high"), statistics.quantiles(samples, n=4, method="inclusive"), strict=True))

@@ -2,14 +2,14 @@
 
 ::
 
-    python -m bench.versus_sparsify STORE --steps 600 --lr 1e-3 --seed 0 1 --output bench/results/versus_sparsify.json
+    python -m sparsekern.bench.versus_sparsify STORE --steps 600 --lr 1e-3 --seed 0 1 --output versus_sparsify.json
 
 Both libraries see the same batches in the same order, for the same number of steps, with ``torch.optim.Adam`` at the
 same learning rates, in float32. Each starts from its own initialization and takes its own kind of step, as documented
 at :func:`train_sparsify` and :class:`sparsekern.Trainer`. One function measures both. ``docs/quality.md`` tells what
 came out.
 
-Needs ``pip install eai-sparsify``. Says nothing about speed.
+Needs ``pip install 'sparsekern[bench]'``. Says nothing about speed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
 import sparsekern as sk
-from bench import record
+from sparsekern.bench import record
 from sparsekern.data import ActivationLoader, ActivationStore
 from sparsekern.files import write_json
 from sparsekern.training import pca_fvu

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
+from sparsekern.bench.options import BenchOptions
 from sparsekern.data import EMBEDDED_MODEL, ActivationStore, harvest, import_activations, read_texts
 from sparsekern.files import write_json
 from sparsekern.options import Options, option
@@ -286,6 +287,32 @@ def eval_command(
     out.print(table)
     if json_file is not None:
         write_json(json_file, {**measures, "sae": module.config(), "versions": versions()})
+
+
+@command(BenchOptions)
+def bench_command(options: BenchOptions) -> None:
+    """Time the kernels and full training steps against other implementations, by turns; write a record and a plot."""
+    from sparsekern.bench import plot, run, table
+
+    plot.check_installed()
+    try:
+        record = run.run(options, progress=True)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"finished cases, if any, are in {options.output}") from stop
+    for grid in table.tables(record):
+        shown = Table(*grid.header, title=grid.title, title_justify="left")
+        for row in grid.rows:
+            shown.add_row(*(f"[bold]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in row))
+        out.print(shown)
+    for line in table.missing(record):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    written = [options.output]
+    picture = options.output.with_suffix(".png")
+    if plot.plot_steps(record, picture):
+        written.append(picture)
+    out.print(f"→ {', '.join(f'[bold]{path}[/]' for path in written)}", soft_wrap=True)
+    if any(case["failed"] for case in record["cases"]):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -28,7 +28,10 @@ def option(
     below: float | None = None,
     choices: Iterable[str] | None = None,
 ) -> Any:
-    """A dataclass field with its documentation and its bounds. None passes every bound where it is the default."""
+    """A dataclass field with its documentation and its bounds. None passes every bound where it is the default.
+
+    `choices` hold for each entry of a list.
+    """
     metadata = {
         "help": help,
         "unit": unit,
@@ -54,8 +57,10 @@ class Options:
                 for name, holds in _BOUNDS.items():  # NaN fails every bound
                     if rule.get(name) is not None and not holds(value, rule[name]):
                         raise ValueError(f"{field.name} must be {name.replace('_', ' ')} {rule[name]}, got {value}")
-            if rule.get("choices") and value not in rule["choices"]:
-                raise ValueError(f"{field.name} must be one of {', '.join(rule['choices'])}, got {value!r}")
+            if rule.get("choices"):
+                for one in value if isinstance(value, list | tuple) else [value]:
+                    if one not in rule["choices"]:
+                        raise ValueError(f"{field.name} must be one of {', '.join(rule['choices'])}, got {one!r}")
 
     @classmethod
     def names(cls) -> list[str]:

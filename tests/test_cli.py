@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparsekern as sk
+from sparsekern.bench.options import BenchOptions
 from sparsekern.cli import EvalOptions, HarvestOptions, TrainOptions, app, parse
 from sparsekern.data import ActivationStore, StoreWriter
 from sparsekern.training import TrainConfig
@@ -250,10 +251,10 @@ def test_ctrl_c_in_a_harvest_then_the_same_command_again(tmp_path, interruptible
     assert [shard["sha256"] for shard in parts] == [shard["sha256"] for shard in whole]
 
 
-@pytest.mark.parametrize("command", ["harvest", "train", "eval"])
+@pytest.mark.parametrize("command", ["harvest", "train", "eval", "bench"])
 def test_help_shows_every_option_with_type_and_default(cli, command):
     shown = plain(cli(command, "--help"))
-    options = {"harvest": HarvestOptions, "train": TrainOptions, "eval": EvalOptions}[command]
+    options = {"harvest": HarvestOptions, "train": TrainOptions, "eval": EvalOptions, "bench": BenchOptions}[command]
     for name in options.names():
         assert f"--{name.replace('_', '-')}" in shown
     if command == "train":

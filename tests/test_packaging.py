@@ -65,7 +65,7 @@ def copy_source(folder):
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("csrc", "sparsekern", "analysis"):
+    for name in ("csrc", "sparsekern", "analysis", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
@@ -123,7 +123,7 @@ def test_wheel(source, clean_python, tmp_path):
     subprocess.run([*pip, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "sparsekern/analysis/latents.py" in names
+    assert {"sparsekern/analysis/latents.py", "sparsekern/bench/worker.py"} <= set(names)
     assert "sparsekern/py.typed" in names
     assert any(name.startswith("sparsekern/_native") for name in names)
     assert not any(name.startswith(("tests", "bench", "analysis", "csrc")) for name in names)

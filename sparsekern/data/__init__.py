@@ -7,6 +7,7 @@ The data goes one way: :func:`read_texts` or :func:`stdlib_docstrings` → :func
 from sparsekern.data.harvest import EMBEDDED_MODEL, harvest, import_activations
 from sparsekern.data.loader import ActivationLoader
 from sparsekern.data.store import ActivationStore, ActivationView, StoreError, StoreWriter
+from sparsekern.data.synthetic import zipf_activations
 from sparsekern.data.texts import read_texts, stdlib_docstrings
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "import_activations",
     "read_texts",
     "stdlib_docstrings",
+    "zipf_activations",
 ]

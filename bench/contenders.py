@@ -1,0 +1,269 @@
+"""Whose training steps are timed: one class for each implementation, with the same few methods.
+
+A step is forward, backward, clipping, Adam and whatever the library does to its decoder, on a batch ``[B, d]``, in
+float32, without AuxK. Of a peer it is the peer's own code that runs, with the peer's own defaults; what is given is
+the shape and the learning rate.
+
+The docstring of a class says what its step is, and goes into the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparsekern as sk
+from sparsekern.bench.options import CONTENDERS, Case
+
+RUN_STEPS = 1_000_000  # what trainers with a schedule are told: it never ends here
+
+
+class Contender:
+    """Weights and optimizer of one implementation.
+
+    Attributes
+    ----------
+    imports : tuple of str
+        Modules that it needs, loaded before its memory is measured.
+    distribution : str
+        The package whose version it is.
+    module, optimizer
+        What the step trains, and with what.
+    """
+
+    imports: tuple[str, ...] = ()
+    distribution = "torch"
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, case: Case, lr: float) -> None:
+        raise NotImplementedError
+
+    def step(self, x: Tensor) -> Tensor:
+        """One training step; returns the loss, which each library scales in its own way."""
+        raise NotImplementedError
+
+    def encoder(self) -> Tensor:
+        """The encoder's weight as ``[N, d]``, for the matmul that the step is compared with."""
+        raise NotImplementedError
+
+    def state_bytes(self) -> int:
+        """Bytes of the parameters and of the optimizer's state."""
+        state = [t for moments in self.optimizer.state.values() for t in moments.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*self.module.parameters(), *state])
+
+
+class Sparsekern(Contender):
+    """``sparsekern.Trainer.step``: FVU, projected gradient, clip 1.0, fused Adam, unit-norm decoder."""
+
+    distribution = "sparsekern"
+
+    def __init__(self, case: Case, lr: float) -> None:
+        self.module = self.sae = sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0)
+        self.trainer = sk.Trainer(self.sae, lr=lr, warmup_steps=0)
+        self.optimizer = self.trainer.optimizer
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.trainer.step(x).loss
+
+    def encoder(self) -> Tensor:
+        return self.sae.W_enc
+
+
+class Torch(Contender):
+    """The same step in plain PyTorch: dense matmul, ReLU, topk, scatter, dense matmul; clip 1.0, fused Adam."""
+
+    def __init__(self, case: Case, lr: float) -> None:
+        self.k = case.k
+        rows = nn.functional.normalize(torch.randn(case.d_sae, case.d), dim=1)
+        self.W_enc, self.b_enc = nn.Parameter(rows), nn.Parameter(torch.zeros(case.d_sae))
+        self.W_dec, self.b_dec = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(case.d))
+        self.module = nn.ParameterList([self.W_enc, self.b_enc, self.W_dec, self.b_dec])
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, fused=True)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(x)
+        loss.backward()
+        self.project()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.normalize()
+        return loss.detach()
+
+    def encoder(self) -> Tensor:
+        return self.W_enc
+
+    def loss(self, x: Tensor) -> Tensor:
+        pre = nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc).relu()
+        top = pre.topk(self.k, dim=1)
+        codes = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+        residual = x - (codes @ self.W_dec + self.b_dec)
+        return residual.square().sum() / (x - x.mean(0)).square().sum()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+
+class TorchCompile(Torch):
+    """The plain PyTorch step with loss, projection and normalization through ``torch.compile``."""
+
+    imports = ("torch._dynamo", "torch._inductor.compile_fx")
+
+    def __init__(self, case: Case, lr: float) -> None:
+        super().__init__(case, lr)
+        for name in ("loss", "project", "normalize"):
+            setattr(self, name, torch.compile(getattr(self, name)))
+
+
+class Sparsify(Contender):
+    """``sparsify.SparseCoder`` in the order of sparsify's ``Trainer.fit``: unit norm, FVU, gradient projected,
+    ``torch.optim.Adam``; it clips nothing.
+    """
+
+    imports = ("sparsify",)
+    distribution = "eai-sparsify"
+
+    def __init__(self, case: Case, lr: float) -> None:
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        config = SparseCoderConfig(num_latents=case.d_sae, k=case.k)
+        self.module = self.coder = SparseCoder(case.d, config, dtype=torch.float32)
+        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=lr)
+        self.fresh = True
+
+    def step(self, x: Tensor) -> Tensor:
+        if self.fresh:
+            self.coder.b_dec.data.copy_(x.mean(0))
+            self.fresh = False
+        self.coder.set_decoder_norm_to_unit_norm()
+        loss = self.coder(x).fvu
+        loss.backward()
+        self.coder.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def encoder(self) -> Tensor:
+        return self.coder.encoder.weight
+
+
+class Saelens(Contender):
+    """``sae_lens.training.sae_trainer.SAETrainer.step`` on a ``TopKTrainingSAE``: squared error, clip 1.0, its Adam,
+    firing statistics; it scales activations by the decoder's norms instead of normalizing.
+    """
+
+    imports = ("sae_lens", "sae_lens.training.sae_trainer", "sae_lens.saes.topk_sae")
+    distribution = "sae-lens"
+    sparse = False
+
+    def __init__(self, case: Case, lr: float) -> None:
+        from sae_lens.config import SAETrainerConfig
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        config = TopKTrainingSAEConfig(
+            d_in=case.d,
+            d_sae=case.d_sae,
+            k=case.k,
+            device="cpu",
+            use_sparse_activations=self.sparse,
+            aux_loss_coefficient=0.0,
+            rescale_acts_by_decoder_norm=not self.sparse,
+        )
+        self.module = self.sae = TopKTrainingSAE(config)
+        run = SAETrainerConfig(
+            total_training_samples=RUN_STEPS * case.rows, train_batch_size_samples=case.rows, lr=lr, lr_end=lr / 10
+        )
+        self.trainer: Any = SAETrainer(run, self.sae, data_provider=iter(()))
+        self.optimizer = self.trainer.optimizer
+
+    def step(self, x: Tensor) -> Tensor:
+        loss = self.trainer.step(x).loss.detach()
+        self.trainer.n_training_steps += 1
+        return loss
+
+    def encoder(self) -> Tensor:
+        return self.sae.W_enc.T
+
+
+class SaelensSparse(Saelens):
+    """The same with ``use_sparse_activations``, codes as a COO tensor; for that it does without the scaling by the
+    decoder's norms, whose gradient torch has not for sparse tensors on a CPU.
+    """
+
+    sparse = True
+
+
+class DictionaryLearning(Contender):
+    """``dictionary_learning.trainers.top_k.TopKTrainer.update``: squared error, projected gradient, clip 1.0, its Adam,
+    unit-norm decoder.
+    """
+
+    imports = ("dictionary_learning", "dictionary_learning.trainers.top_k")
+    distribution = "dictionary-learning"
+
+    def __init__(self, case: Case, lr: float) -> None:
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        self.trainer: Any = TopKTrainer(
+            steps=RUN_STEPS,
+            activation_dim=case.d,
+            dict_size=case.d_sae,
+            k=case.k,
+            layer=0,
+            lm_name="none",
+            lr=lr,
+            auxk_alpha=0,
+            warmup_steps=0,
+            device="cpu",
+        )
+        self.module, self.optimizer = self.trainer.ae, self.trainer.optimizer
+        self.steps_done = 0
+
+    def step(self, x: Tensor) -> Tensor:
+        loss = self.trainer.update(self.steps_done, x)
+        self.steps_done += 1
+        return torch.tensor(loss)
+
+    def encoder(self) -> Tensor:
+        return self.trainer.ae.encoder.weight
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a contender is run: its class, and what differs from the others in its process."""
+
+    kind: type[Contender]
+    threads: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+ENTRIES = dict(
+    zip(
+        CONTENDERS,
+        [
+            Entry(Sparsekern),
+            Entry(Torch),
+            Entry(TorchCompile),
+            Entry(Sparsify),
+            Entry(Saelens),
+            Entry(SaelensSparse),
+            Entry(DictionaryLearning),
+            Entry(Sparsekern, threads=1),
+            Entry(Sparsekern, environment={"SPARSEKERN_CPU_ISA": "avx2"}),
+        ],
+        strict=True,
+    )
+)
+"""By the names of :data:`sparsekern.bench.options.CONTENDERS`."""

@@ -1,0 +1,97 @@
+"""The single operations of a step, on weights that a few training steps have warmed, and the exactness of the encoder.
+
+Beside each C++ kernel stand the reference backend and, for decoding, ``torch.nn.functional.embedding_bag``, with which
+other libraries decode on a CPU; beside the encoder, matmul, ReLU and ``torch.topk``, as other libraries encode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, linear
+
+import sparsekern as sk
+from sparsekern.backends import cpu, reference
+
+RECALL_ROWS = 64
+
+
+def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed, by name. `grad` ``[B, d]`` stands for the gradient of the reconstruction."""
+    x, weight, bias = (x - sae.b_dec).detach(), sae.W_enc.detach(), sae.b_enc.detach()
+    dec, n = sae.W_dec.detach(), sae.d_sae
+    codes = sk.topk_encode(x, weight, bias, k)
+    values, indices = codes.values, codes.indices
+    wide, reused = indices.long(), x.new_empty(x.shape[0], n)
+
+    def bag_and_gradients() -> None:
+        w, v = dec.requires_grad_(), values.requires_grad_()
+        out = embedding_bag(wide, w, per_sample_weights=v, mode="sum")
+        torch.autograd.grad(out, [w, v], grad)
+        dec.requires_grad_(False)
+        values.requires_grad_(False)
+
+    def products_and_gradients() -> None:
+        cpu.sparse_decode(values, indices, dec, None)
+        cpu.gather_dot(grad, indices, dec)
+        cpu.scatter_outer(values, indices, grad, n)
+
+    every: dict[str, Callable[[], object]] = {
+        "matmul": lambda: x @ weight.T,
+        "matmul into an existing tensor": lambda: torch.mm(x, weight.T, out=reused),
+        "topk_encode": lambda: sk.topk_encode(x, weight, bias, k),
+        "topk_encode, reference": lambda: reference.topk_encode(x, weight, bias, k, "auto"),
+        "topk_encode, dense torch": lambda: linear(x, weight, bias).relu_().topk(k),
+        "sparse_decode, cpu": lambda: cpu.sparse_decode(values, indices, dec, None),
+        "sparse_decode, reference": lambda: reference.sparse_decode(values, indices, dec, None),
+        "sparse_decode, embedding_bag": lambda: embedding_bag(wide, dec, per_sample_weights=values, mode="sum"),
+        "gather_dot, cpu": lambda: cpu.gather_dot(grad, indices, dec),
+        "gather_dot, reference": lambda: reference.gather_dot(grad, indices, dec),
+        "scatter_outer, cpu": lambda: cpu.scatter_outer(values, indices, grad, n),
+        "scatter_outer, reference": lambda: reference.scatter_outer(values, indices, grad, n),
+        "decode and gradients, cpu": products_and_gradients,
+        "decode and gradients, embedding_bag": bag_and_gradients,
+    }
+    return {name: call for name, call in every.items() if cpu.isa() or not name.endswith(", cpu")}
+
+
+@torch.no_grad()
+def exactness(sae: sk.SAE, k: int, x: Tensor) -> dict[str, Any]:
+    """Compare the indices of ``topk_encode`` with the top k in float64, ties to the lower index, on some rows.
+
+    An index is wrong where neither float64 nor the float32 reference has it among its k: pre-activations nearer to each
+    other than float32 can tell may be ordered either way. `largest_gap` is how far the worst index that float64 does
+    not have lies below the k-th largest pre-activation, relative to it.
+    """
+    centred = x - sae.b_dec
+    found = sk.topk_encode(centred, sae.W_enc, sae.b_enc, k).indices
+    screened = cpu.last_encode  # of the whole batch, which was the last call
+    some = torch.linspace(0, len(x) - 1, min(len(x), RECALL_ROWS)).long()
+    found, rows = found[some].long(), centred[some]
+    # The reference walks panels and converts each to the dtype of x: no float64 copy of the weights exists.
+    best, exact = reference.topk_encode(rows.double(), sae.W_enc, sae.b_enc, k, "auto")
+    _, single = reference.topk_encode(rows, sae.W_enc, sae.b_enc, k, "auto")
+    missed = ~_among(found, exact)
+    wrong = missed & ~_among(found, single)
+    scores = torch.stack([sae.W_enc[i].double() @ row for i, row in zip(found, rows.double(), strict=True)])
+    scores = (scores + sae.b_enc[found]).relu()
+    gap = (best[:, -1:] - scores) / best[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    return {
+        "rows": len(some),
+        "indices": found.numel(),
+        "recall_float64": 1 - missed.double().mean().item(),
+        "recall_float64_of_reference": _among(single.long(), exact).double().mean().item(),
+        "wrong": int(wrong.sum()),
+        "largest_gap": gap[missed].max().item() if missed.any() else 0.0,
+        "rescored_latents": None if screened is None else screened.rescored / screened.rows,
+        "repaired_rows": None if screened is None else screened.repaired,
+        "batch_rows": len(x),
+    }
+
+
+def _among(indices: Tensor, sets: Tensor) -> Tensor:
+    """Which `indices` ``[B, k]`` are in the row of `sets` ``[B, k]``."""
+    return (indices.unsqueeze(2) == sets.unsqueeze(1)).any(2)

@@ -1,0 +1,184 @@
+"""The tables of a record: ``python -m sparsekern.bench.table bench/results/bench.json`` prints them as Markdown.
+
+What the docs say comes from here, so that no figure is copied by hand. Bold marks where a peer wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+
+class Grid(NamedTuple):
+    """A table: what it shows, the heading of each column, and rows of cells; bold is written ``**so**``."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def tables(record: Record) -> list[Grid]:
+    """Everything that a record has to show."""
+    return [grid for make in (summary, steps, against, memory, kernels, exactness) if (grid := make(record)).rows]
+
+
+def summary(record: Record) -> Grid:
+    """What the project promises, one figure a case; of SAELens the faster of its two ways."""
+
+    def over(*names: str) -> Callable[[Any, Any], float]:
+        return lambda steps, _: min(steps[name]["over_sparsekern"]["median"] for name in names if name in steps)
+
+    def peak(measured: Any) -> float:
+        kept: float = measured["parameters_and_optimizer_bytes"]
+        return (kept + measured["beyond_bytes"]) / kept
+
+    lines: dict[str, Callable[[Any, Any], float]] = {
+        "full step ÷ one fp32 matmul": lambda steps, _: steps["sparsekern"]["ratio"]["median"],
+        "– with AVX2 kernels": lambda steps, _: steps["sparsekern-avx2"]["ratio"]["median"],
+        "encode alone ÷ one fp32 matmul": lambda _, kernels: kernels["ratio"]["topk_encode"]["median"],
+        "sparsify's step ÷ sparsekern's": over("sparsify"),
+        "SAELens' step ÷ sparsekern's": over("saelens", "saelens-sparse"),
+        "dictionary_learning's step ÷ sparsekern's": over("dictionary-learning"),
+        "torch.compile's step ÷ sparsekern's": over("torch-compile"),
+        "speed-up from the first thread to all": over("sparsekern-1-thread"),
+        "peak memory ÷ parameters and optimizer": lambda steps, _: peak(steps["sparsekern"]),
+    }
+
+    def cell(figure: Callable[[Any, Any], float], case: Any) -> str:
+        try:
+            return f"{figure(case.get('steps') or {}, case.get('kernels') or {}):.2f}"
+        except (KeyError, ValueError, TypeError):  # not measured
+            return "–"
+
+    rows = [[name, *[cell(figure, case) for case in record["cases"]]] for name, figure in lines.items()]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    return Grid("in short, medians", ["", *map(heading, record["cases"])], rows)
+
+
+def steps(record: Record) -> Grid:
+    """Full steps in units of the matmul."""
+
+    def cell(name: str, measured: Any) -> str:
+        return bold(spread(measured["ratio"]), wins(name, measured))
+
+    return by_case(record, "steps", "full step ÷ one fp32 encoder matmul: median (quartiles)", cell)
+
+
+def against(record: Record) -> Grid:
+    """Full steps in units of sparsekern's."""
+
+    def cell(name: str, measured: Any) -> str:
+        over = measured.get("over_sparsekern")
+        return bold(spread(over), wins(name, measured)) if over else "–"
+
+    grid = by_case(record, "steps", "full step ÷ sparsekern's full step: median (quartiles)", cell)
+    return grid._replace(rows=[row for row in grid.rows if row[0] != "sparsekern" and set(row[1:]) != {"–"}])
+
+
+def memory(record: Record) -> Grid:
+    """Highest memory of a step as a multiple of what must be kept, and how much that is beyond it."""
+
+    def cell(name: str, measured: Any) -> str:
+        kept, beyond = measured["parameters_and_optimizer_bytes"], measured["beyond_bytes"]
+        return "–" if beyond is None else f"{(kept + beyond) / kept:.2f} (+{beyond / 2**20:,.0f} MiB)"
+
+    title = "peak memory of a step ÷ parameters and optimizer state (gradients count as beyond)"
+    return by_case(record, "steps", title, cell)
+
+
+def kernels(record: Record) -> Grid:
+    """Single operations in units of the matmul."""
+    cases = [case for case in record["cases"] if case.get("kernels")]
+    rows = []
+    for call in dict.fromkeys(call for case in cases for call in case["kernels"]["ratio"]):
+        cells = []
+        for case in cases:
+            ratio = case["kernels"]["ratio"]
+            ours = ratio.get("topk_encode" if call.startswith("topk_encode") else f"{call.split(', ')[0]}, cpu")
+            ahead = ours is not None and ratio[call]["median"] < ours["median"]
+            cells.append(bold(spread(ratio[call], 3), ahead))
+        rows.append([call, *cells])
+    return Grid("kernel ÷ one fp32 encoder matmul: median (quartiles)", ["", *map(heading, cases)], rows)
+
+
+def exactness(record: Record) -> Grid:
+    """The encoder's answers beside float64's, its repairs and its memory."""
+    cases = [case for case in record["cases"] if case.get("kernels")]
+    found = [case["kernels"]["exactness"] for case in cases]
+    encode = [case["kernels"]["encode_bytes"] for case in cases]
+    repaired = ["–" if f["repaired_rows"] is None else f"{f['repaired_rows']} of {f['batch_rows']}" for f in found]
+    rows = [
+        ["rows compared", *[str(f["rows"]) for f in found]],
+        ["recall against float64", *[f"{f['recall_float64']:.6f}" for f in found]],
+        ["– of the float32 reference", *[f"{f['recall_float64_of_reference']:.6f}" for f in found]],
+        ["indices that neither has", *[f"{f['wrong']} of {f['indices']}" for f in found]],
+        ["repaired rows", *repaired],
+        ["memory of an encode", *["–" if b is None else f"{b / 2**20:,.0f} MiB" for b in encode]],
+    ]
+    return Grid("exactness of topk_encode", ["", *map(heading, cases)], rows if cases else [])
+
+
+def wins(name: str, measured: Any) -> bool:
+    """Whether this is another library, and its step the faster one."""
+    return not name.startswith("sparsekern") and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
+
+
+def by_case(record: Record, part: str, title: str, cell: Callable[[str, Any], str]) -> Grid:
+    """A row for each contender, a column for each case."""
+    cases = [case for case in record["cases"] if case.get(part)]
+    names = list(dict.fromkeys(name for case in cases for name in case[part]))
+    rows = [[name, *[cell(name, case[part][name]) if name in case[part] else "–" for case in cases]] for name in names]
+    return Grid(title, ["", *map(heading, cases)], rows)
+
+
+def heading(case: Record) -> str:
+    """A case as the head of a column."""
+    return f"{case['data']} {', '.join(str(number) for number in case['shape'].values())}"
+
+
+def spread(of: dict[str, float], digits: int = 2) -> str:
+    """Median and quartiles."""
+    return f"{of['median']:.{digits}f} ({of['low']:.{digits}f}–{of['high']:.{digits}f})"
+
+
+def bold(text: str, when: bool) -> str:
+    """Bold in Markdown."""
+    return f"**{text}**" if when else text
+
+
+def missing(record: Record) -> list[str]:
+    """One line for each contender that was left out or failed."""
+    lines = [f"{name}: left out, {reason}" for name, reason in record["skipped"].items()]
+    for case in record["cases"]:
+        for name, error in case["failed"].items():
+            lines.append(f"{name}: failed at {heading(case)}: {error.strip().splitlines()[-1]}")
+    return lines
+
+
+def markdown(record: Record) -> str:
+    """All tables, with where they come from."""
+    parts = [
+        f"{record['device']}, {record['threads']} threads, kernels {record['cpu_kernels']}, {record['date']}, "
+        f"commit {record['commit'][:7]}, {record['options']['rounds']} rounds. Columns: data B, d, N, k. "
+        "Bold: a peer is ahead."
+    ]
+    for grid in tables(record):
+        lines = [grid.header, ["---"] * len(grid.header), *grid.rows]
+        parts.append(f"**{grid.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts += [f"- {line}" for line in missing(record)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, help="written by `sparsekern bench`")
+    print(markdown(json.loads(parser.parse_args().record.read_text())))
+
+
+if __name__ == "__main__":
+    main()
