@@ -189,14 +189,14 @@ PYBIND11_MODULE(_native, m) {
         [](const std::vector<Part>& parts, std::int64_t n, std::int64_t d, std::uintptr_t weight, bool unit_rows,
            std::uintptr_t mean, std::uintptr_t square, float scale, float rate, float beta1, float beta2, float eps,
            float root, std::uintptr_t last, std::uintptr_t active, std::int32_t step, std::int32_t rest_after,
-           const std::array<std::uintptr_t, 4>& quantized, int threads) {
+           const std::array<std::uintptr_t, 4>& quantized, std::uintptr_t squares, int threads) {
             const std::vector<OuterProducts> factors = outer_products(parts);
             const Quantized copy = quantized_at(quantized);
             row_updates().adam({{factors.data(), static_cast<std::int64_t>(factors.size()), n, d,
                                  at<const float>(weight), unit_rows},
                                 at<float>(weight), at<float>(mean), at<float>(square), scale, rate, beta1, beta2, eps,
                                 root, at<std::int32_t>(last), at<std::int32_t>(active), step, rest_after,
-                                copy.packed ? &copy : nullptr},
+                                copy.packed ? &copy : nullptr, at<float>(squares)},
                                threads);
         },
         py::call_guard<py::gil_scoped_release>());

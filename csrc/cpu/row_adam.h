@@ -54,6 +54,7 @@ struct RowAdam {
     std::int32_t* active;  // [n]: in which it last had a gradient
     std::int32_t step, rest_after;
     const Quantized* quantized;  // refreshed, or nullptr
+    float* squares;              // [n]: |G[i]|^2 as from gradient_squares, or nullptr
 };
 
 struct RowUpdates {

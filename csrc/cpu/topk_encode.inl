@@ -16,17 +16,17 @@ constexpr int kTileRows = 4;
 // Whether tile_product multiplies `packed` as it is, with the 128 that it is too large by.
 constexpr bool kOffset = SPARSEKERN_LEVEL != 1;
 
-// out[r][l] = sum over c of packed[l][c] * xq[r][c], for kTileRows rows and the kPanel latents of one panel; with
-// packed[l][c] - 128 in place of packed[l][c] unless kOffset.
+// out[r][l] = sum over c of packed[l][c] * xq[r][c] - offset[r], for kTileRows rows and the kPanel latents of one panel;
+// with packed[l][c] - 128 in place of packed[l][c] unless kOffset.
 #if SPARSEKERN_LEVEL == 2
 
 inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
-                         std::int32_t (*out)[kPanel]) {
+                         const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
     __m512i acc[kTileRows][4];
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-        for (int g = 0; g < 4; ++g) acc[r][g] = _mm512_setzero_si512();
+        for (int g = 0; g < 4; ++g) acc[r][g] = _mm512_set1_epi32(-offset[r]);
     for (std::int64_t q = 0; q < quads; ++q) {
         __m512i w[4];
 #pragma GCC unroll 4
@@ -50,14 +50,14 @@ inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std:
 #elif SPARSEKERN_LEVEL == 1
 
 inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
-                         std::int32_t (*out)[kPanel]) {
+                         const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
     // `vpmaddubsw` adds two products of an unsigned and a signed byte in 16 bits. |w| times x with w's sign fits, as
     // 2 * 127 * 127; the unsigned packed bytes times x would not.
     const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8(-128);
     for (int g = 0; g < 4; ++g) {
         __m256i acc[kTileRows][2];
 #pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+        for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = _mm256_set1_epi32(-offset[r]);
         for (std::int64_t q = 0; q < quads; ++q) {
             const __m256i* at = reinterpret_cast<const __m256i*>(packed + (q * 4 + g) * 64);
             const __m256i w0 = _mm256_xor_si256(_mm256_loadu_si256(at), middle);
@@ -85,8 +85,8 @@ inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std:
 #else
 
 inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
-                         std::int32_t (*out)[kPanel]) {
-    std::memset(out, 0, kTileRows * sizeof(*out));
+                         const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
+    for (int r = 0; r < kTileRows; ++r) std::fill_n(out[r], kPanel, -offset[r]);
     for (std::int64_t q = 0; q < quads; ++q)
         for (int r = 0; r < kTileRows; ++r) {
             const std::int8_t* x = xq + r * x_stride + 4 * q;
@@ -212,6 +212,7 @@ struct Row {
     float rounding;       // what rounding a rescored score can suffer, per unit of Quantized::norm
     std::int32_t offset;  // 128 * sum of the quantised input, which the product with `packed` has too much
     std::int32_t count;   // candidates
+    std::int32_t scored, queued;  // of them, see Rescoring
     bool certain;
     float* upper;         // [capacity] upper bounds of the candidates' scores
     std::int32_t* index;  // [capacity]
@@ -237,6 +238,7 @@ struct Screen {
 struct Panel {
     std::int64_t first;
     float worst_error, worst_norm;
+    alignas(64) float scale[kPanel];
     alignas(64) float base[kPanel];  // bias; lowest beyond the last latent
     alignas(64) float outlier[kMaxOutliers][kPanel];
 
@@ -247,6 +249,7 @@ struct Panel {
         for (std::int64_t l = 0; l < kPanel; ++l) {
             const bool real = at + l < w.n;
             base[l] = !real ? -std::numeric_limits<float>::infinity() : screen.args.bias ? screen.args.bias[at + l] : 0;
+            scale[l] = screen.quantized.scale[at + l];
             worst_error = std::max(worst_error, screen.quantized.error[at + l]);
             worst_norm = std::max(worst_norm, screen.quantized.norm[at + l]);
             for (int o = 0; o < screen.outliers; ++o)
@@ -291,56 +294,77 @@ void prune(const Screen& screen, Row& row, float* scratch) {
 
 void give_up(Row& row) {
     row.certain = false;
-    row.count = 0;
+    row.count = row.scored = row.queued = 0;
     row.floor = std::numeric_limits<float>::max();
 }
 
-// Adds to the row's candidates those of the kGroup latents from panel.first + at whose score may reach its floor.
+// Adds to the row's candidates those of the panel's latents whose score may reach its floor.
 #if SPARSEKERN_LEVEL == 2
 
-inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product, std::int64_t at,
-                    float cut) {
-    const std::int64_t first = panel.first + at;
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(screen.quantized.scale + first), _mm512_set1_ps(row.scale));
-    const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(product + at), _mm512_set1_epi32(row.offset));
-    __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, _mm512_load_ps(panel.base + at));
-    for (int o = 0; o < screen.outliers; ++o)
-        score = _mm512_fmadd_ps(_mm512_set1_ps(row.outlier[o]), _mm512_load_ps(panel.outlier[o] + at), score);
-    __mmask16 hit = _mm512_cmp_ps_mask(score, _mm512_set1_ps(cut), _CMP_GE_OQ);
-    if (!hit) return;
-    __m512 upper = _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.norm + first), _mm512_set1_ps(row.missing),
-                                   _mm512_add_ps(score, _mm512_set1_ps(screen.slack)));
-    upper = _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.error + first), _mm512_set1_ps(row.length), upper);
-    hit = _mm512_mask_cmp_ps_mask(hit, upper, _mm512_set1_ps(row.floor), _CMP_GE_OQ);
-    const __m512i index =
-        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    // Compressed in a register and stored whole: compressing stores are microcode on some machines.
-    _mm512_storeu_ps(row.upper + row.count, _mm512_maskz_compress_ps(hit, upper));
-    _mm512_storeu_si512(row.index + row.count, _mm512_maskz_compress_epi32(hit, index));
-    row.count += __builtin_popcount(hit);
+inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product) {
+    const __m512 cut = _mm512_set1_ps(row.floor - (panel.worst_error * row.length + panel.worst_norm * row.missing +
+                                                   screen.slack));
+    const __m512 x_scale = _mm512_set1_ps(row.scale);
+    __m512 score[4];
+    __mmask16 hit[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(panel.scale + g * kGroup), x_scale);
+        const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(product + g * kGroup));
+        score[g] = _mm512_fmadd_ps(whole, scale, _mm512_load_ps(panel.base + g * kGroup));
+    }
+    for (int o = 0; o < screen.outliers; ++o) {
+        const __m512 x = _mm512_set1_ps(row.outlier[o]);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g)
+            score[g] = _mm512_fmadd_ps(x, _mm512_load_ps(panel.outlier[o] + g * kGroup), score[g]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) hit[g] = _mm512_cmp_ps_mask(score[g], cut, _CMP_GE_OQ);
+    if (!(hit[0] | hit[1] | hit[2] | hit[3])) return;
+    const __m512 floor = _mm512_set1_ps(row.floor), length = _mm512_set1_ps(row.length);
+    const __m512 missing = _mm512_set1_ps(row.missing), slack = _mm512_set1_ps(screen.slack);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    std::int32_t count = row.count;
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        if (!hit[g]) continue;
+        const std::int64_t first = panel.first + g * kGroup;
+        __m512 upper =
+            _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.norm + first), missing, _mm512_add_ps(score[g], slack));
+        upper = _mm512_fmadd_ps(_mm512_loadu_ps(screen.quantized.error + first), length, upper);
+        const __mmask16 keep = _mm512_mask_cmp_ps_mask(hit[g], upper, floor, _CMP_GE_OQ);
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), lane);
+        // Compressed in a register and stored whole: compressing stores are microcode on some machines.
+        _mm512_storeu_ps(row.upper + count, _mm512_maskz_compress_ps(keep, upper));
+        _mm512_storeu_si512(row.index + count, _mm512_maskz_compress_epi32(keep, index));
+        count += __builtin_popcount(keep);
+    }
+    row.count = count;
 }
 
 #else
 
-inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product, std::int64_t at,
-                    float cut) {
-    const std::int64_t first = panel.first + at;
-    const float* scale = screen.quantized.scale + first;
-    alignas(64) float score[kGroup];
-    std::int32_t hit[kGroup];
-    for (std::int64_t l = 0; l < kGroup; ++l)
-        score[l] = static_cast<float>(product[at + l] - row.offset) * (scale[l] * row.scale) + panel.base[at + l];
-    for (int o = 0; o < screen.outliers; ++o)
-        for (std::int64_t l = 0; l < kGroup; ++l) score[l] += row.outlier[o] * panel.outlier[o][at + l];
-    std::int32_t any = 0;
-    for (std::int64_t l = 0; l < kGroup; ++l) any |= hit[l] = score[l] >= cut;
-    if (!any) return;
-    for (std::int64_t l = 0; l < kGroup; ++l) {
-        const float upper = score[l] + screen.margin(row, first + l);
-        row.upper[row.count] = upper;
-        row.index[row.count] = static_cast<std::int32_t>(first + l);
-        row.count += hit[l] & (upper >= row.floor);
+inline void collect(const Screen& screen, const Panel& panel, Row& row, const std::int32_t* product) {
+    const float cut =
+        row.floor - (panel.worst_error * row.length + panel.worst_norm * row.missing + screen.slack);
+    const float x_scale = row.scale;
+    for (std::int64_t at = 0; at < kPanel; at += kGroup) {
+        alignas(64) float score[kGroup];
+        for (std::int64_t l = 0; l < kGroup; ++l)
+            score[l] = static_cast<float>(product[at + l]) * (panel.scale[at + l] * x_scale) + panel.base[at + l];
+        for (int o = 0; o < screen.outliers; ++o)
+            for (std::int64_t l = 0; l < kGroup; ++l) score[l] += row.outlier[o] * panel.outlier[o][at + l];
+        std::int32_t any = 0;
+        for (std::int64_t l = 0; l < kGroup; ++l) any |= score[l] >= cut;
+        if (!any) continue;
+        for (std::int64_t l = 0; l < kGroup; ++l) {
+            const std::int64_t i = panel.first + at + l;
+            const float upper = score[l] + screen.margin(row, i);
+            row.upper[row.count] = upper;
+            row.index[row.count] = static_cast<std::int32_t>(i);
+            row.count += (score[l] >= cut) & (upper >= row.floor);
+        }
     }
 }
 
@@ -358,13 +382,13 @@ void screen_rows(const Screen& screen, Row* rows, const std::int8_t* xq, std::in
         const std::uint8_t* packed = screen.quantized.packed + (at - screen.origin) * width;
         const bool tidy = at >= kFirstTidy && (at & (at - 1)) == 0;
         for (std::int64_t b = begin; b < end; b += kTileRows) {
-            tile_product(packed, xq + b * width, width, width / 4, product);
+            std::int32_t offset[kTileRows];
+            for (int r = 0; r < kTileRows; ++r) offset[r] = rows[b + r].offset;
+            tile_product(packed, xq + b * width, width, width / 4, offset, product);
             for (int r = 0; r < kTileRows; ++r) {
                 Row& row = rows[b + r];
                 if (tidy) prune(screen, row, scratch.data());
-                const float cut =
-                    row.floor - (panel.worst_error * row.length + panel.worst_norm * row.missing + screen.slack);
-                for (std::int64_t g = 0; g < kPanel; g += kGroup) collect(screen, panel, row, product[r], g, cut);
+                collect(screen, panel, row, product[r]);
                 if (row.count > screen.capacity - 2 * kPanel) {
                     prune(screen, row, scratch.data());
                     if (row.count > screen.capacity - 2 * kPanel) give_up(row);
@@ -433,64 +457,116 @@ inline bool before(const Scored& a, const Scored& b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-struct Rescorer {
+// The rows of a block, and their candidates from the end of screening to the selection. A row's candidates are its
+// first Row::scored, of which `upper` now holds the exact score, then the others.
+struct Rescoring {
     const Screen& screen;
-    std::vector<float> approximate;
-    std::vector<std::int32_t> queue;
-    std::vector<Scored> scored;
-    std::int64_t done = 0;
+    Row* rows;
+    std::int64_t count;
+    std::int64_t top;  // of the block, in the batch
+    std::int32_t* start;  // [n + 1]
 
-    explicit Rescorer(const Screen& s) : screen(s), approximate(s.capacity) {}
+    struct Pair {
+        std::int32_t row, candidate;
+    };
+    std::vector<Pair> pairs = {};
 
-    const float* weight(std::int32_t i) const { return screen.args.weights.data + i * screen.args.weights.stride; }
-    float bias(std::int32_t i) const { return screen.args.bias ? screen.args.bias[i] : 0; }
+    const float* x(std::int64_t b) const { return screen.args.x + (top + b) * screen.args.x_stride; }
+    const float* weight(std::int64_t i) const { return screen.args.weights.data + i * screen.args.weights.stride; }
+    float bias(std::int64_t i) const { return screen.args.bias ? screen.args.bias[i] : 0; }
 
-    void rescore_queue(const float* x) {
-        for (std::size_t q = 0; q < queue.size(); ++q) {
-            const float* next = weight(queue[std::min(q + 1, queue.size() - 1)]);
-            scored.push_back({dot(weight(queue[q]), x, screen.args.weights.d, next) + bias(queue[q]), queue[q]});
-        }
-        done += static_cast<std::int64_t>(queue.size());
-        queue.clear();
+    template <class Body>
+    void each_row(const Body& body) const {
+        const int threads = screen.args.threads;
+        parallel_for(count, threads, std::min<std::int64_t>(count, 8 * threads),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         std::vector<float> scratch(screen.capacity);
+                         std::vector<Scored> scored;
+                         for (std::int64_t b = begin; b < end; ++b)
+                             if (rows[b].certain) body(b, rows[b], scratch.data(), scored);
+                     });
     }
 
-    float kth_score() {
-        const auto kth = scored.begin() + (screen.args.k - 1);
-        std::nth_element(scored.begin(), kth, scored.end(), before);
-        return kth->score;
+    // Moves the candidates that `wanted` picks to the front of those not scored; they are what score() scores next.
+    template <class Wanted>
+    static void queue(Row& row, const Wanted& wanted) {
+        row.queued = row.scored;
+        for (std::int32_t c = row.scored; c < row.count; ++c)
+            if (wanted(c)) {
+                std::swap(row.upper[row.queued], row.upper[c]);
+                std::swap(row.index[row.queued++], row.index[c]);
+            }
     }
 
-    // Writes the k largest of the row's candidates.
-    void finish(Row& row, const float* x, float* values, std::int32_t* index) {
+    // The k that look best: what they reach will spare most of the others.
+    void queue_best() const {
         const std::int64_t k = screen.args.k;
-        if (row.certain) prune(screen, row, approximate.data());
-        if (!row.certain || row.count < k) {
-            row.certain = false;
-            return;
-        }
-        // First the k that look best: what they reach spares most of the others.
-        scored.clear();
-        for (std::int32_t c = 0; c < row.count; ++c)
-            approximate[c] = row.upper[c] - screen.margin(row, row.index[c]);
-        const float good = reached_by(k, approximate.data(), row.count);
-        for (std::int32_t c = 0; c < row.count; ++c)
-            if (approximate[c] >= good) queue.push_back(row.index[c]);
-        rescore_queue(x);
-        row.floor = std::max(row.floor, kth_score());
-        for (std::int32_t c = 0; c < row.count; ++c)
-            if (approximate[c] < good && row.upper[c] >= row.floor) queue.push_back(row.index[c]);
-        rescore_queue(x);
-        settle_near_ties(row, x, kth_score());
-        std::sort(scored.begin(), scored.begin() + k, before);
-        for (std::int64_t j = 0; j < k; ++j) {
-            values[j] = std::max(scored[j].score, 0.0f);
-            index[j] = scored[j].index;
-        }
+        each_row([&](std::int64_t, Row& row, float* scratch, std::vector<Scored>&) {
+            prune(screen, row, scratch);
+            row.scored = row.queued = 0;
+            if (row.count < k) return give_up(row);
+            for (std::int32_t c = 0; c < row.count; ++c) scratch[c] = row.upper[c] - screen.margin(row, row.index[c]);
+            const float good = reached_by(k, scratch, row.count);
+            queue(row, [&](std::int32_t c) { return row.upper[c] - screen.margin(row, row.index[c]) >= good; });
+        });
+    }
+
+    // All that could still be among the k largest.
+    void queue_rest() const {
+        each_row([&](std::int64_t, Row& row, float* scratch, std::vector<Scored>&) {
+            std::copy(row.upper, row.upper + row.scored, scratch);
+            std::nth_element(scratch, scratch + (screen.args.k - 1), scratch + row.scored, std::greater<float>());
+            row.floor = std::max(row.floor, scratch[screen.args.k - 1]);
+            queue(row, [&](std::int32_t c) { return row.upper[c] >= row.floor; });
+        });
+    }
+
+    // Scores what is queued, latent by latent: each row of the weights is read once, in order, where the rows of
+    // the batch would read it from all over the memory, many times. Returns how many were scored.
+    std::int64_t score() {
+        const std::int64_t n = screen.args.weights.n, d = screen.args.weights.d;
+        std::fill_n(start, n + 1, 0);
+        for (std::int64_t b = 0; b < count; ++b)
+            for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c) ++start[rows[b].index[c] + 1];
+        for (std::int64_t i = 0; i < n; ++i) start[i + 1] += start[i];
+        const std::int64_t total = start[n];
+        pairs.resize(total);
+        for (std::int64_t b = 0; b < count; ++b)
+            for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c)
+                pairs[start[rows[b].index[c]]++] = {static_cast<std::int32_t>(b), c};
+        const int threads = screen.args.threads;
+        parallel_for(total, threads, std::min<std::int64_t>(total, 8 * threads),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         for (std::int64_t p = begin; p < end; ++p) {
+                             Row& row = rows[pairs[p].row];
+                             const std::int32_t i = row.index[pairs[p].candidate];
+                             const float* next = x(pairs[std::min(p + 1, total - 1)].row);
+                             row.upper[pairs[p].candidate] = dot(weight(i), x(pairs[p].row), d, next) + bias(i);
+                         }
+                     });
+        for (std::int64_t b = 0; b < count; ++b) rows[b].scored = rows[b].queued;
+        return total;
+    }
+
+    // Writes the k largest of the scored.
+    void select() const {
+        const std::int64_t k = screen.args.k;
+        each_row([&](std::int64_t b, Row& row, float*, std::vector<Scored>& scored) {
+            scored.clear();
+            for (std::int32_t c = 0; c < row.scored; ++c) scored.push_back({row.upper[c], row.index[c]});
+            std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), before);
+            settle_near_ties(row, x(b), scored[k - 1].score, scored);
+            std::sort(scored.begin(), scored.begin() + k, before);
+            for (std::int64_t j = 0; j < k; ++j) {
+                screen.args.values[(top + b) * k + j] = std::max(scored[j].score, 0.0f);
+                screen.args.index[(top + b) * k + j] = scored[j].index;
+            }
+        });
     }
 
     // Scores that float32 rounding could have moved across the k-th are ordered by their float64 values instead, so
     // that the selected set is that of exact arithmetic. After this the first k of `scored` are the selected.
-    void settle_near_ties(const Row& row, const float* x, float kth) {
+    void settle_near_ties(const Row& row, const float* x, float kth, std::vector<Scored>& scored) const {
         const auto near = [&](const Scored& s) {
             return std::fabs(s.score - kth) <= 2 * (screen.quantized.norm[s.index] * row.rounding + screen.slack);
         };
@@ -518,7 +594,7 @@ void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) 
     std::memset(xq, 0, padded_width(d));
     row.floor = std::numeric_limits<float>::lowest();
     row.scale = row.length = row.missing = row.rounding = 0;
-    row.offset = row.count = 0;
+    row.offset = row.count = row.scored = row.queued = 0;
     row.certain = true;
     float apart = 0, largest = largest_size(x, d);
     if (!(largest < kLargest)) return give_up(row);
@@ -603,6 +679,7 @@ std::int64_t encode(const EncodeArgs& args) {
     const auto xq = workspace.take<std::int8_t>(tiles * kTileRows * width);
     const auto upper = workspace.take<float>(tiles * kTileRows * screen.capacity);
     const auto index = workspace.take<std::int32_t>(tiles * kTileRows * screen.capacity);
+    const auto start = workspace.take<std::int32_t>(n + 1);
     if (args.quantized) {
         screen.quantized = *args.quantized;
     } else {
@@ -612,7 +689,7 @@ std::int64_t encode(const EncodeArgs& args) {
         screen.quantized.norm = workspace.take<float>(latents);
     }
 
-    std::atomic<std::int64_t> rescored{0};
+    std::int64_t rescored = 0;
     for (std::int64_t top = 0; top < args.rows; top += block_rows) {
         const std::int64_t count = std::min(block_rows, args.rows - top);
         const std::int64_t used = (count + kTileRows - 1) / kTileRows;
@@ -642,17 +719,15 @@ std::int64_t encode(const EncodeArgs& args) {
         }
         const bool finite = std::all_of(screen.quantized.norm, screen.quantized.norm + n,
                                         [](float norm) { return norm <= std::numeric_limits<float>::max(); });
-        parallel_for(count, args.threads, std::min<std::int64_t>(count, 8 * args.threads),
-                     [&](std::int64_t begin, std::int64_t end) {
-                         Rescorer rescorer(screen);
-                         for (std::int64_t b = begin; b < end; ++b) {
-                             rows[b].certain &= finite;
-                             rescorer.finish(rows[b], args.x + (top + b) * args.x_stride,
-                                             args.values + (top + b) * args.k, args.index + (top + b) * args.k);
-                             args.certain[top + b] = rows[b].certain;
-                         }
-                         rescored += rescorer.done;
-                     });
+        for (std::int64_t b = 0; b < count; ++b)
+            if (!finite) give_up(rows[b]);
+        Rescoring rescoring{screen, rows, count, top, start};
+        rescoring.queue_best();
+        rescored += rescoring.score();
+        rescoring.queue_rest();
+        rescored += rescoring.score();
+        rescoring.select();
+        for (std::int64_t b = 0; b < count; ++b) args.certain[top + b] = rows[b].certain;
     }
     return rescored;
 }

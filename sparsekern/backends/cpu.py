@@ -256,7 +256,9 @@ class SortedFactors:
     """Outer products sorted by latent, as the kernels take them."""
 
     def __init__(self, parts: Sequence[OuterProducts], d_sae: int) -> None:
+        self._outer_products = parts
         self._alive: list[Tensor] = []
+        self._d_sae = d_sae
         self.parts: list[tuple[int, int, int, int, int, int]] = []
         sorted_before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for part in parts:
@@ -276,6 +278,15 @@ class SortedFactors:
                     vectors.stride(0),
                 )
             )
+
+
+    def square_bound(self) -> Tensor:
+        """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
+        lengths = torch.zeros(self._d_sae)
+        for values, indices, vectors in self._outer_products:
+            slots = values.abs() * vectors.norm(dim=1, keepdim=True)
+            lengths.index_add_(0, indices.flatten(), slots.flatten())
+        return 1.001 * lengths.square().sum(dtype=torch.float64)
 
 
 def _sort_slots(indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -306,8 +317,12 @@ def row_adam(
     clip: float,
     rest_after: int | None,
     copy: Quantized | None,
-) -> None:
-    """One step of Adam on `weight` in one pass over memory; `state` is that of ``torch.optim.Adam``."""
+) -> Tensor:
+    """One step of Adam on `weight` in one pass over memory; `state` is that of ``torch.optim.Adam``.
+
+    Returns the sum of squares of the gradient before clipping, as :func:`gradient_squares` would have.
+    """
+    squares = torch.empty(weight.shape[0])
     state["step"] += 1
     step = int(state["step"])
     rests = rest_after is not None
@@ -331,8 +346,10 @@ def row_adam(
         step,
         rest_after or 0,
         [0, 0, 0, 0] if copy is None else copy.addresses(),
+        squares.data_ptr(),
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(weight)
     if copy is not None:
         copy.mark_current(weight)
+    return squares.sum(dtype=torch.float64)

@@ -123,8 +123,38 @@ def _backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
         db = _scatter_outer(dz, indices, ones, weight.shape[0]).squeeze(1)
     if needs_center:
         with torch.autocast(x.device.type, enabled=False):
-            dc = -(db @ weight) if dx is None else -dx.sum(0)
+            dc = -_weighted_row_sum(db, weight) if dx is None else -dx.sum(0)
     return dx if needs_x else None, dw, db if ctx.has_bias and needs_bias else None, dc, None, None
 
 
+@torch.library.custom_op("sparsekern::weighted_row_sum", mutates_args=())
+def _weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
+    """``coefficients @ weight``, reading only the rows whose coefficient is not zero."""
+    found = coefficients.nonzero().squeeze(1)
+    if not found.numel():
+        return weight.new_zeros(weight.shape[1])
+    # Sixteen partial sums, for the threads to share and the order of summation not to depend on how many they are.
+    parts = 16
+    rows = torch.nn.functional.pad(found, (0, -found.numel() % parts))
+    values = coefficients[rows]
+    values[found.numel() :] = 0
+    backend = choose("sparse_decode", weight)
+    return backend.sparse_decode(values.view(parts, -1), rows.int().view(parts, -1), weight, None).sum(0)
+
+
+@_weighted_row_sum.register_fake
+def _(coefficients: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1])
+
+
+def _setup_weighted(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _weighted_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    coefficients, weight = ctx.saved_tensors
+    return weight @ grad, torch.outer(coefficients, grad)
+
+
+_weighted_row_sum.register_autograd(_weighted_backward, setup_context=_setup_weighted)
 _topk_encode.register_autograd(_backward, setup_context=_setup_context)

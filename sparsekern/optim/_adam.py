@@ -91,16 +91,22 @@ class Adam:
 
     def _step_with_factors(self, factors: dict[nn.Parameter, cpu.SortedFactors], lr: float, clip_norm: float) -> Tensor:
         sae = self.sae
-        squares = [cpu.gradient_squares(found, weight, weight is sae.W_dec) for weight, found in factors.items()]
         dense = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.stack([*squares, *(grad.square().sum(dtype=torch.float64) for grad in dense)]).sum().sqrt()
-        clip = min(1.0, clip_norm / (norm.item() + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
-        for grad in dense:
-            grad.mul_(clip)
+        rest = sum((grad.square().sum(dtype=torch.float64) for grad in dense), torch.zeros((), dtype=torch.float64))
+        clip = 1.0
+        # The norm takes a pass over the factors of its own, unless it is plain that clipping will not bite: then it
+        # comes with the update.
+        if rest + sum(found.square_bound() for found in factors.values()) > clip_norm**2:
+            squares = [cpu.gradient_squares(found, weight, weight is sae.W_dec) for weight, found in factors.items()]
+            norm = torch.stack([rest, *squares]).sum().sqrt()
+            clip = min(1.0, clip_norm / (norm.item() + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+            for grad in dense:
+                grad.mul_(clip)
         self.torch.step()
+        squares = []
         for weight, found in factors.items():
             copy = self._current_copy(weight)
-            cpu.row_adam(
+            square = cpu.row_adam(
                 found,
                 weight,
                 weight is sae.W_dec,
@@ -112,11 +118,12 @@ class Adam:
                 rest_after=self.rest_after,
                 copy=copy,
             )
+            squares.append(square)
             if weight is sae.W_enc and copy is None and cpu.screens(*weight.shape):
                 self._copy = cpu.quantized(weight)
         if sae.W_dec not in factors:
             sae.normalize_decoder_()
-        return norm.float()
+        return torch.stack([rest, *squares]).sum().sqrt().float()
 
     def _current_copy(self, weight: nn.Parameter) -> cpu.Quantized | None:
         """The int8 copy of this weight to refresh, if there is one and nobody else changed the weight meanwhile."""
