@@ -81,8 +81,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 # dictionary-learning asks for torchvision and does not use it; a build that does not match torch breaks the peers.
-$(VENV)/installed-# Against the peers, on made data, and on STORE where there is one.
-bench: $(VENV)/installed
+$(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[cli,models,analysis,report,bench]"
 	$(BIN)/python -m pip uninstall -q -y torchvision

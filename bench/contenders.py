@@ -64,7 +64,7 @@ class Sparsekern(Contender):
     def __init__(self, case: Case, lr: float) -> None:
         self.module = self.sae = sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0)
         self.trainer = sk.Trainer(self.sae, lr=lr, warmup_steps=0)
-        self.optimizer = self.trainer.optimizer
+        self.optimizer = self.trainer.optimizer.torch
 
     def step(self, x: Tensor) -> Tensor:
         return self.trainer.step(x).loss
