@@ -18,6 +18,7 @@ from torch import Tensor
 import sparsekern as sk
 from sparsekern.backends import cpu, reference
 from sparsekern.bench import record
+from sparsekern.files import write_json
 from sparsekern.progress import Progress
 
 
@@ -154,7 +155,7 @@ def main() -> None:
             results[name] = found
             print(name, found)
     total = {key: sum(result[key] for result in results.values()) for key in ("rows", "wrong", "repaired")}
-    record.write(arguments.output, {**record.provenance(), "total": total, "cases": results})
+    write_json(arguments.output, {**record.provenance(), "total": total, "cases": results})
 
 
 if __name__ == "__main__":
