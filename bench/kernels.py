@@ -1,7 +1,8 @@
 """The single operations of a step, on weights that a few training steps have warmed, and the exactness of the encoder.
 
 Beside each C++ kernel stand the reference backend and, for decoding, ``torch.nn.functional.embedding_bag``, with which
-other libraries decode on a CPU; beside the encoder, matmul, ReLU and ``torch.topk``, as other libraries encode.
+other libraries decode on a CPU; beside the encoder, matmul, ReLU and ``torch.topk``, as other libraries encode; beside
+the update of the weights, torch's own passes over dense gradients: projection, clipping, fused Adam, unit norm.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn.functional import embedding_bag, linear
 
 import sparsekern as sk
 from sparsekern.backends import cpu, reference
+from sparsekern.factors import OuterProducts
 
 RECALL_ROWS = 64
 
@@ -39,10 +41,13 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         cpu.gather_dot(grad, indices, dec)
         cpu.scatter_outer(values, indices, grad, n)
 
+    fresh = weight.clone()  # whose int8 copy nobody keeps
+    update, update_by_torch = updates(sae, x, grad, values, indices)
     every: dict[str, Callable[[], object]] = {
         "matmul": lambda: x @ weight.T,
         "matmul into an existing tensor": lambda: torch.mm(x, weight.T, out=reused),
         "topk_encode": lambda: sk.topk_encode(x, weight, bias, k),
+        "topk_encode, quantizing": lambda: sk.topk_encode(x, fresh, bias, k),
         "topk_encode, reference": lambda: reference.topk_encode(x, weight, bias, k, "auto"),
         "topk_encode, dense torch": lambda: linear(x, weight, bias).relu_().topk(k),
         "sparse_decode, cpu": lambda: cpu.sparse_decode(values, indices, dec, None),
@@ -54,8 +59,53 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         "scatter_outer, reference": lambda: reference.scatter_outer(values, indices, grad, n),
         "decode and gradients, cpu": products_and_gradients,
         "decode and gradients, embedding_bag": bag_and_gradients,
+        "gradients and Adam of both weights, cpu": update,
+        "Adam of both weights, torch": update_by_torch,
     }
     return {name: call for name, call in every.items() if cpu.isa() or not name.endswith(", cpu")}
+
+
+def updates(
+    sae: sk.SAE, x: Tensor, grad: Tensor, values: Tensor, indices: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The update of both weights from factors, norm and clipping included, and torch's from dense gradients."""
+    ours, theirs = ([w.detach().clone().requires_grad_() for w in (sae.W_enc, sae.W_dec)] for _ in range(2))
+    decoder = theirs[1]
+    for weight in theirs:
+        weight.grad = torch.randn_like(weight)
+    adam = torch.optim.Adam(theirs, lr=0.0, fused=True)
+    state = [
+        {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)} for w in ours
+    ]
+
+    def from_factors() -> None:
+        dz = cpu.gather_dot(grad, indices, ours[1].detach())
+        with torch.no_grad():
+            for i, (coefficients, vectors) in enumerate(((dz, x), (values, grad))):
+                factors = cpu.SortedFactors([OuterProducts(coefficients, indices, vectors)], sae.d_sae)
+                cpu.gradient_squares(factors, ours[i], i == 1)
+                cpu.row_adam(
+                    factors,
+                    ours[i],
+                    i == 1,
+                    state[i],
+                    lr=0.0,
+                    betas=(0.9, 0.999),
+                    eps=1e-8,
+                    clip=1.0,
+                    rest_after=None,
+                    copy=None,
+                )
+
+    @torch.no_grad()
+    def by_torch() -> None:
+        assert decoder.grad is not None
+        decoder.grad.addcmul_((decoder.grad * decoder).sum(1, keepdim=True), decoder, value=-1)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        adam.step()
+        decoder.div_(decoder.norm(dim=1, keepdim=True))
+
+    return from_factors, by_torch
 
 
 @torch.no_grad()

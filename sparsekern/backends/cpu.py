@@ -279,7 +279,6 @@ class SortedFactors:
                 )
             )
 
-
     def square_bound(self) -> Tensor:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         lengths = torch.zeros(self._d_sae)
