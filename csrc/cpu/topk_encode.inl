@@ -5,7 +5,7 @@ namespace sparsekern {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What differs between instruction sets: the int8 product of a few rows with a panel, and the test of 16 scores.
+// The int8 product of a few rows with a panel, for each instruction set.
 
 #if SPARSEKERN_LEVEL == 2
 constexpr int kTileRows = 6;  // 6 rows x 4 groups: 24 of the 32 registers accumulate
@@ -101,21 +101,20 @@ inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std:
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantisation
 
-// Rounding in float32 of a rescored sum of d products and of the few operations on an approximate score, relative to
-// |W| |x|: a worst-case bound with the summation below (64 partial sums), doubled.
-inline float rounding(std::int64_t d) { return (static_cast<float>(d) / 64 + 24) * 1.2e-7f; }
+// What float32 rounding can do to a score rescored by dot(), relative to |W| |x|: each of its at least 32 partial sums
+// takes d / 32 additions, and adding them up fewer than 80 more.
+inline float rounding(std::int64_t d) { return (static_cast<float>(d) / 32 + 80) * 6e-8f; }
 
 // Below this a scale has no reciprocal in float32; above the inverse, squares overflow.
 constexpr float kSmallest = 1e-30f;
 constexpr float kLargest = 1e15f;
 
 // Workspace: candidates of the rows at hand, and quantised weights where the caller has none.
-constexpr std::int64_t kCandidateBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kCandidateBytes = std::int64_t{128} << 20;
 constexpr std::int64_t kPackedBytes = std::int64_t{8} << 20;
 
 // The floor is first raised after this many latents, and then each time that as many again have been screened.
 constexpr std::int64_t kFirstTidy = 512;
-
 
 // max |w[c]|; infinite when an entry is infinite or no number.
 float largest_size(const float* w, std::int64_t d) {
@@ -555,7 +554,7 @@ struct Rescoring {
             scored.clear();
             for (std::int32_t c = 0; c < row.scored; ++c) scored.push_back({row.upper[c], row.index[c]});
             std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), before);
-            settle_near_ties(row, x(b), scored[k - 1].score, scored);
+            settle_near_ties(row, x(b), scored);
             std::sort(scored.begin(), scored.begin() + k, before);
             for (std::int64_t j = 0; j < k; ++j) {
                 screen.args.values[(top + b) * k + j] = std::max(scored[j].score, 0.0f);
@@ -566,10 +565,12 @@ struct Rescoring {
 
     // Scores that float32 rounding could have moved across the k-th are ordered by their float64 values instead, so
     // that the selected set is that of exact arithmetic. After this the first k of `scored` are the selected.
-    void settle_near_ties(const Row& row, const float* x, float kth, std::vector<Scored>& scored) const {
-        const auto near = [&](const Scored& s) {
-            return std::fabs(s.score - kth) <= 2 * (screen.quantized.norm[s.index] * row.rounding + screen.slack);
-        };
+    void settle_near_ties(const Row& row, const float* x, std::vector<Scored>& scored) const {
+        const float kth = scored[screen.args.k - 1].score;
+        float norm = 0;
+        for (const Scored& s : scored) norm = std::max(norm, screen.quantized.norm[s.index]);
+        const float reach = 2 * (norm * row.rounding + screen.slack);  // both scores may be off
+        const auto near = [&](const Scored& s) { return std::fabs(s.score - kth) <= reach; };
         const auto above = [&](const Scored& s) { return s.score > kth && !near(s); };
         const auto ties = std::partition(scored.begin(), scored.end(), above);
         const auto rest = std::partition(ties, scored.end(), near);
@@ -637,7 +638,8 @@ void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) 
     row.offset = kOffset ? 128 * sum : 0;
     row.length = scale * std::sqrt(squares) * up;
     row.rounding = rounding(d) * (row.length + apart);
-    row.missing = scale * (std::sqrt(errors) + 4e-5f * root) * up + row.rounding;
+    // Rounding counts three times: in the approximate score, in the rescored one, and in the one that it is compared with.
+    row.missing = scale * (std::sqrt(errors) + 4e-5f * root) * up + 3 * row.rounding;
 }
 
 // Input dimensions that dwarf the others, by the largest entry of each in this batch.
@@ -666,11 +668,12 @@ std::int64_t encode(const EncodeArgs& args) {
     const std::int64_t n = args.weights.n, d = args.weights.d, width = padded_width(d), latents = padded_latents(n);
     Screen screen{args, {}, 0, 0, 0, 0, {}};
     screen.capacity = std::min(latents, std::max<std::int64_t>({4096, 32 * args.k, 4 * d})) + 4 * kPanel;
-    float largest_bias = 0;
-    for (std::int64_t i = 0; args.bias && i < n; ++i) largest_bias = std::max(largest_bias, std::fabs(args.bias[i]));
+    const float largest_bias = args.bias ? largest_size(args.bias, n) : 0;
     screen.slack = 4e-7f * largest_bias + 1e-33f;
 
-    const std::int64_t block_rows = std::clamp<std::int64_t>(kCandidateBytes / (8 * screen.capacity), 1, args.rows);
+    const std::int64_t most_rows = std::max<std::int64_t>(1, kCandidateBytes / (8 * screen.capacity));
+    const std::int64_t blocks = (args.rows + most_rows - 1) / most_rows;
+    const std::int64_t block_rows = (args.rows + blocks - 1) / blocks;
     const std::int64_t tiles = (block_rows + kTileRows - 1) / kTileRows;
     const std::int64_t block_latents =
         args.quantized ? latents : std::min(latents, std::max(kPanel, kPackedBytes / width / kPanel * kPanel));
@@ -717,7 +720,8 @@ std::int64_t encode(const EncodeArgs& args) {
                 screen_rows(screen, rows, xq, begin * kTileRows, end * kTileRows, first, last);
             });
         }
-        const bool finite = std::all_of(screen.quantized.norm, screen.quantized.norm + n,
+        const bool finite = largest_bias < kLargest &&
+                            std::all_of(screen.quantized.norm, screen.quantized.norm + n,
                                         [](float norm) { return norm <= std::numeric_limits<float>::max(); });
         for (std::int64_t b = 0; b < count; ++b)
             if (!finite) give_up(rows[b]);

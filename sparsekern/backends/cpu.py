@@ -144,9 +144,12 @@ last_encode: EncodeStats | None = None
 """Of the last screened call in this process."""
 
 
+_WIDEST = 65536  # the widest input whose int8 products add up in 32 bits
+
+
 def screens(n: int, d: int) -> bool:
     """Whether a screening pass over ``[n, d]`` weights is ever faster here than the matmul of the reference."""
-    return isa() != "generic" and n >= 1024 and d >= 32
+    return isa() not in (None, "generic") and n >= 1024 and 32 <= d <= _WIDEST
 
 
 def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
@@ -158,7 +161,7 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: 
     rows, (n, d) = x.shape[0], weight.shape
     # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
     worth = screens(n, d) and k <= n // 16 and (rows >= 8 or copy is not None)
-    if screen == "none" or (screen == "auto" and not worth):
+    if screen == "none" or d > _WIDEST or (screen == "auto" and not worth):
         return reference.topk_encode(x, weight, bias, k, "none")
     x, weight = _rows(x), _rows(weight)
     bias = None if bias is None else bias.contiguous()

@@ -23,6 +23,8 @@ class Adam:
     and refreshes the int8 copy that the encoder screens with. Elsewhere torch does the same, with dense gradients and a
     pass for each. Both use the state of ``torch.optim.Adam``, so that a run can move between them.
 
+    With factored gradients ``W_enc.grad`` and ``W_dec.grad`` stay None, and hooks on those gradients do not fire.
+
     Parameters
     ----------
     sae : SAE

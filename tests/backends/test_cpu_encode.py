@@ -107,6 +107,14 @@ def test_weights_that_are_not_finite_are_left_to_the_reference():
     assert cpu.last_encode.repaired == 20
 
 
+def test_biases_that_are_not_finite_are_left_to_the_reference():
+    problem = CASES["random"](20, 2000, 64)
+    problem.bias[7] = float("inf")
+    _, indices = encode(problem, 4)
+    assert (indices == 7).any(1).all()
+    assert cpu.last_encode.repaired == 20
+
+
 def test_enormous_and_minute_inputs_are_repaired_not_wrong():
     problem = CASES["random"](12, 2000, 64)
     problem.x[3] *= 1e18
