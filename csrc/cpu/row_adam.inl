@@ -3,9 +3,6 @@
 namespace sparsekern {
 namespace {
 
-// More parts than threads: frequencies of latents are far from even, and a thread may be held up.
-constexpr std::int64_t kPartsPerThread = 16;
-
 // row = G[i]; returns whether any slot points to it.
 bool gradient_row(const RowGradient& g, std::int64_t i, float* __restrict row) {
     bool any = false;

@@ -5,6 +5,9 @@
 namespace sparsekern {
 namespace {
 
+// More parts than threads: a thread that was held up gets fewer of them.
+constexpr std::int64_t kPartsPerThread = 8;
+
 // Latent rows that are combined while one output row is held: fewer trips of the output through the L1 cache.
 constexpr std::int64_t kUnroll = 4;
 
@@ -38,7 +41,7 @@ void sparse_decode(const Codes& codes, const T* values, const T* weight, std::in
                    T* out, std::int64_t d, int threads) {
     if (d == 0) return;  // no memory to write to
     threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end) {
+    parallel_for(codes.rows, threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t b = begin; b < end; ++b)
             decode_row(codes.index + b * codes.k, values + b * codes.k, codes.k, weight, weight_stride, bias,
                        out + b * d, d);
@@ -57,7 +60,7 @@ template <class T>
 void gather_dot(const Codes& codes, const T* weight, std::int64_t weight_stride, const T* grad,
                 std::int64_t grad_stride, T* out, std::int64_t d, int threads) {
     threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, [=](std::int64_t begin, std::int64_t end) {
+    parallel_for(codes.rows, threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t b = begin; b < end; ++b)
             for (std::int64_t s = b * codes.k; s < (b + 1) * codes.k; ++s)
                 out[s] = dot(weight + codes.index[s] * weight_stride, grad + b * grad_stride, d);

@@ -477,7 +477,7 @@ struct Rescoring {
     template <class Body>
     void each_row(const Body& body) const {
         const int threads = screen.args.threads;
-        parallel_for(count, threads, std::min<std::int64_t>(count, 8 * threads),
+        parallel_for(count, threads, std::min<std::int64_t>(count, kPartsPerThread * threads),
                      [&](std::int64_t begin, std::int64_t end) {
                          std::vector<float> scratch(screen.capacity);
                          std::vector<Scored> scored;
@@ -534,7 +534,7 @@ struct Rescoring {
             for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c)
                 pairs[start[rows[b].index[c]]++] = {static_cast<std::int32_t>(b), c};
         const int threads = screen.args.threads;
-        parallel_for(total, threads, std::min<std::int64_t>(total, 8 * threads),
+        parallel_for(total, threads, std::min<std::int64_t>(total, kPartsPerThread * threads),
                      [&](std::int64_t begin, std::int64_t end) {
                          for (std::int64_t p = begin; p < end; ++p) {
                              Row& row = rows[pairs[p].row];
@@ -714,8 +714,7 @@ std::int64_t encode(const EncodeArgs& args) {
                     quantize_from(first, args.weights, screen.quantized, first + begin * kGroup, first + end * kGroup);
                 });
             }
-            // More parts than threads: a thread that was held up gets fewer of them.
-            const std::int64_t parts = std::min<std::int64_t>(used, 4 * args.threads);
+            const std::int64_t parts = std::min<std::int64_t>(used, kPartsPerThread * args.threads);
             parallel_for(used, args.threads, parts, [&](std::int64_t begin, std::int64_t end) {
                 screen_rows(screen, rows, xq, begin * kTileRows, end * kTileRows, first, last);
             });

@@ -13,6 +13,7 @@ A backend is a module with the functions below, all with the same arguments and 
 
 and ``unavailable(op, device_type, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
+:mod:`~sparsekern.backends.cpu` also has the update of the weights, which :mod:`sparsekern.optim` calls by name.
 
 The choice follows the device and dtype of the tensors. ``SPARSEKERN_BACKEND=<name>`` forces one backend, and a call
 that it cannot serve then fails instead of falling back.

@@ -158,15 +158,15 @@ class SAE(nn.Module):
         x = x.reshape(-1, self.d_in)
         target = x if target is None else target.reshape(-1, self.d_in)
         codes = self.encode(x)
-        residual = target - self.decode(codes)
-        fvu = _fvu(residual, target)
+        error = self.decode(codes) - target
+        fvu = _fvu(error, target)
         parts = {"reconstruction": fvu}
         if self.training:
             if self.aux_coefficient > 0:
                 # The rows are gathered first: what follows costs in proportion to the dead latents only.
                 dead = self.dead_mask().nonzero().squeeze(1)
                 if dead.numel():
-                    parts["auxk"] = self.aux_coefficient * self._auxk(x, residual.detach(), dead)
+                    parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
             with torch.no_grad():
                 self.tokens_since_fired += x.shape[0]
                 self.tokens_since_fired[codes.firing_counts() > 0] = 0
@@ -198,7 +198,7 @@ class SAE(nn.Module):
         """FVU of the residual under its reconstruction from the rows `dead`."""
         k = min(self.aux_k, dead.numel())
         codes = topk_encode(x, gather_rows(self.W_enc, dead), self.b_enc[dead], k, center=self._center())
-        return _fvu(residual - sparse_decode(codes, gather_rows(self.W_dec, dead)), residual)
+        return _fvu(sparse_decode(codes, gather_rows(self.W_dec, dead)) - residual, residual)
 
     # The constraint on the decoder, and the start
 
@@ -285,9 +285,10 @@ class SAE(nn.Module):
         return load_pretrained(cls, path_or_hub_id, device)
 
 
-def _fvu(residual: Tensor, target: Tensor) -> Tensor:
-    """Fraction of the batch variance of `target` ``[B, d]`` that `residual` leaves, in float32 at least."""
-    work = torch.promote_types(residual.dtype, torch.float32)
-    residual, target = residual.to(work), target.to(work)
-    variance = (target - target.mean(0)).square().sum()
-    return residual.square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+def _fvu(error: Tensor, target: Tensor) -> Tensor:
+    """Share of the batch variance of `target` ``[B, d]`` that is `error`, in float32 at least."""
+    work = torch.promote_types(error.dtype, torch.float32)
+    error, target = error.to(work), target.to(work)
+    # Norms, because these take one pass over memory, and one for their gradient, where squares and sums take two.
+    variance = torch.linalg.vector_norm(target - target.mean(0)).square()
+    return torch.linalg.vector_norm(error).square() / variance.clamp_min(torch.finfo(variance.dtype).tiny)

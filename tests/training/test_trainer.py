@@ -1,9 +1,14 @@
 """One step of training against the same step written out."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.backends import cpu
 from sparsekern.training.schedule import default_lr, warmup_and_decay
 
 
@@ -134,3 +139,29 @@ def test_schedule():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         sk.Trainer(make(), **options)
+
+
+_STEP_MEMORY = """
+import torch, sparsekern as sk
+from sparsekern.bench import memory
+sae = sk.SAE(256, 32768, sk.TopK(16))
+trainer = sk.Trainer(sae, lr=1e-3)
+x = torch.randn(512, 256)
+before = memory.resident()
+trainer.step(x)
+trainer.step(x)
+print(memory.resident() - before, memory.growth(lambda: trainer.step(x)))
+"""
+
+
+@pytest.mark.skipif(cpu.isa() in (None, "generic"), reason="needs the screened encoder")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_step_keeps_little_beyond_parameters_and_optimizer():
+    """Two weights of 33.5 MB, their moments, the int8 copy of one: no dense gradient, no tokens × latents tensor."""
+    run = subprocess.run(
+        [sys.executable, "-c", _STEP_MEMORY], env=os.environ, capture_output=True, text=True, check=True
+    )
+    kept, during = (int(number) / 1e6 for number in run.stdout.split())
+    moments, copy, dense_gradient = 4 * 33.5, 8.5, 67
+    assert kept < moments + copy + 50  # and the workspace, most of which is candidates
+    assert during < dense_gradient / 4
