@@ -3,8 +3,8 @@
 namespace sparsekern {
 namespace {
 
-// row = G[i]; returns whether any slot points to it.
-bool gradient_row(const RowGradient& g, std::int64_t i, float* __restrict row) {
+// row = G[i]; returns whether any slot points to it. Never inlined, for the same bits in the norm and in the update.
+[[gnu::noinline]] bool gradient_row(const RowGradient& g, std::int64_t i, float* __restrict row) {
     bool any = false;
     for (std::int64_t p = 0; p < g.count; ++p) {
         const OuterProducts& part = g.parts[p];
@@ -110,6 +110,8 @@ void adam(const RowAdam& a, int threads) {
                 }
             }
             if (changed && a.quantized) {
+                // The last group may not be full; what the group before it left there is no row.
+                std::fill(bytes.begin() + (last - first) * width, bytes.end(), 128);
                 for (std::int64_t i = first; i < last; ++i)
                     quantize_row(a.weight + i * d, d, bytes.data() + (i - first) * width, *a.quantized, i);
                 pack_group(bytes.data(), width, a.quantized->packed, first);

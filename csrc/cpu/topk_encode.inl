@@ -132,8 +132,9 @@ float largest_size(const float* w, std::int64_t d) {
 // Writes the bytes of one row (rounded to 127ths of its largest entry, plus 128) and its scale, error and norm.
 //
 // Lengths are taken in units of the scale, where squares neither overflow nor underflow, and rounded up by more than
-// their own rounding errors: a sum of d non-negative terms is off by at most d units in the last place.
-void quantize_row(const float* w, std::int64_t d, std::uint8_t* bytes, const Quantized& out, std::int64_t i) {
+// their own rounding errors: a sum of d non-negative terms is off by at most d units in the last place. Never inlined,
+// so that every caller gets the same bits: a compiler may add up in another order in another place.
+[[gnu::noinline]] void quantize_row(const float* w, std::int64_t d, std::uint8_t* bytes, const Quantized& out, std::int64_t i) {
     out.scale[i] = out.error[i] = out.norm[i] = 0;
     std::memset(bytes, 128, padded_width(d));
     const float largest = largest_size(w, d);
