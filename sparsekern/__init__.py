@@ -1,7 +1,7 @@
 """sparsekern: a custom-kernel engine for sparse autoencoders."""
 
 from sparsekern.backends import backends
-from sparsekern.codes import SparseCodes
+from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.modules import SAE, LossOutput, TopK
 from sparsekern.ops import sparse_decode, topk_encode
 from sparsekern.training import Trainer, evaluate, train
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "CSRCodes",
     "LossOutput",
     "SparseCodes",
     "TopK",

@@ -44,5 +44,54 @@ class SparseCodes(NamedTuple):
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""
-        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
-        return counts.scatter_add_(0, self.indices.flatten().long(), (self.values > 0).flatten().long())
+        return _counts(self.indices, self.values > 0, self.d_sae)
+
+
+class CSRCodes(NamedTuple):
+    """Codes with any number of latents a token, in compressed sparse row form.
+
+    Tokens are counted over the flattened leading dimensions of the encoder's input. The entries of token b are
+    ``crow[b]:crow[b + 1]``, by rising latent index. An entry whose pre-activation was not positive holds the value 0
+    and carries no gradient.
+
+    Attributes
+    ----------
+    crow : Tensor [B + 1], int64
+        Where the entries of each token begin; ``crow[0] = 0`` and ``crow[B] = nnz``.
+    col : Tensor [nnz], int32
+        Latent indices in ``[0, d_sae)``, without repeats inside a row.
+    values : Tensor [nnz]
+        Latent activations, never negative.
+    d_sae : int
+        Number of latents in the dictionary.
+    """
+
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+    d_sae: int
+
+    def to_dense(self) -> Tensor:
+        """The codes as a dense ``[B, d_sae]`` tensor. It is as large as it sounds: meant for small checks."""
+        dense = self.values.new_zeros(self.crow.shape[0] - 1, self.d_sae)
+        return dense.index_put((entry_rows(self.crow, self.col), self.col.long()), self.values, accumulate=True)
+
+    def l0(self) -> Tensor:
+        """Active latents of each token, ``[B]`` int64."""
+        return _counts(entry_rows(self.crow, self.col), self.values > 0, self.crow.shape[0] - 1)
+
+    def firing_counts(self) -> Tensor:
+        """On how many tokens each latent is active: ``[d_sae]`` int64."""
+        return _counts(self.col, self.values > 0, self.d_sae)
+
+
+def entry_rows(crow: Tensor, col: Tensor) -> Tensor:
+    """The row of each entry of a CSR form, ``[nnz]`` int64, rising."""
+    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
+    return rows.repeat_interleave(crow.diff(), output_size=col.shape[0])  # told its size, it need not ask the device
+
+
+def _counts(where: Tensor, active: Tensor, size: int) -> Tensor:
+    """How many active entries there are at each of `size` places."""
+    counts = torch.zeros(size, dtype=torch.int64, device=active.device)
+    return counts.scatter_add_(0, where.flatten().long(), active.flatten().long())

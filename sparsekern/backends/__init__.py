@@ -10,6 +10,16 @@ A backend is a module with the functions below, all with the same arguments and 
     -> ``[B, k]``
 ``scatter_outer(values, indices, grad, d_sae)``
     -> ``[d_sae, d]``
+``batch_topk_encode(x, weight, bias, k, screen)``
+    -> crow ``[B + 1]`` int64, col ``[k·B]`` int32, values ``[k·B]``
+``threshold_encode(x, weight, bias, threshold, screen)``, with a threshold 0-dim or ``[d_sae]``, float32 or float64
+    -> crow ``[B + 1]`` int64, col ``[nnz]`` int32, values ``[nnz]``
+``csr_decode(values, crow, col, weight, bias)``
+    -> ``[B, d]``
+``csr_gather_dot(grad, crow, col, weight)``
+    -> ``[nnz]``
+``csr_scatter_outer(values, crow, col, grad, d_sae)``
+    -> ``[d_sae, d]``
 
 and ``unavailable(op, device_type, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
@@ -34,7 +44,17 @@ from sparsekern.backends import cpu, reference
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 """By name, in order of preference."""
 
-OPS = ("topk_encode", "sparse_decode", "gather_dot", "scatter_outer")
+OPS = (
+    "topk_encode",
+    "sparse_decode",
+    "gather_dot",
+    "scatter_outer",
+    "batch_topk_encode",
+    "threshold_encode",
+    "csr_decode",
+    "csr_gather_dot",
+    "csr_scatter_outer",
+)
 
 _warned: set[str] = set()
 

@@ -1,16 +1,27 @@
 """Plain PyTorch, any device: the specification of every op and the fallback where no kernel serves.
 
-Nothing here holds a ``B × N`` or a ``B × k × d`` tensor. Largest temporaries: one block of pre-activations of
-:data:`WORKSPACE_BYTES`, and one ``B × d`` tensor.
+Nothing here holds a ``B × N``, a ``B × k × d`` or an ``nnz × d`` tensor. Largest temporaries: one block of
+pre-activations of :data:`WORKSPACE_BYTES`, and one ``B × d`` tensor. The functions on CSR codes also keep a few numbers
+an entry, and a few blocks of :data:`PRODUCT_BYTES`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from sparsekern.codes import entry_rows
+
 WORKSPACE_BYTES = 64 * 2**20
-"""Bound on the pre-activations that exist at one time in :func:`topk_encode`."""
+"""Bound on the pre-activations of an encoder that exist at one time, with what is kept of each."""
+
+NARROWEST_PANEL = 4096
+"""Latents in a panel, at least: rows are split into blocks before panels become narrower."""
+
+PRODUCT_BYTES = 8 * 2**20
+"""Bound on one block of products of a CSR function: near the cache, three times as fast as with 64 MiB."""
 
 
 def unavailable(op: str, device: str, dtype: torch.dtype, screen: str) -> str | None:
@@ -25,6 +36,32 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _blocks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, narrowest: int, extra_bytes: int = 0
+) -> Iterator[tuple[slice, Iterator[tuple[int, Tensor]]]]:
+    """Blocks of rows, each with its panels: the first latent, and ``x @ weight.T + bias`` over block and panel.
+
+    The caller needs `extra_bytes` of workspace for each pre-activation, beside the pre-activation itself.
+    """
+    rows, n_latents, work = x.shape[0], weight.shape[0], _work_dtype(x.dtype)
+    cells = WORKSPACE_BYTES // (work.itemsize + extra_bytes)
+    # Narrow panels spend their time in merging, so rows are split first, and latents where that is not enough.
+    row_block = max(1, min(rows, cells // min(n_latents, narrowest)))
+    panel = min(n_latents, max(1, cells // row_block))
+
+    def panels(block: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for left in range(0, n_latents, panel):
+            part = slice(left, left + panel)
+            pre = block @ weight[part].to(work).T
+            if bias is not None:
+                pre += bias[part].to(work)
+            yield left, pre
+
+    for top in range(0, rows, row_block):
+        block = slice(top, min(top + row_block, rows))
+        yield block, panels(x[block].to(work))
+
+
 def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
     """Top k of ``x @ weight.T + bias`` in each row, then ReLU.
 
@@ -34,21 +71,11 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: 
     -------
     values [B, k], indices [B, k] int32; falling values, ties by rising index.
     """
-    rows, n_latents, work = x.shape[0], weight.shape[0], _work_dtype(x.dtype)
-    cells = WORKSPACE_BYTES // work.itemsize
-    # Narrow panels spend their time in merging, so rows are split first, and latents where that is not enough.
-    row_block = max(1, min(rows, cells // min(n_latents, max(4096, 4 * k))))
-    panel = min(n_latents, max(1, cells // row_block))
-    values = x.new_empty(rows, k)
-    indices = torch.empty(rows, k, dtype=torch.int32, device=x.device)
-    for top in range(0, rows, row_block):
-        block = x[top : top + row_block].to(work)
+    values = x.new_empty(x.shape[0], k)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    for block, panels in _blocks(x, weight, bias, max(NARROWEST_PANEL, 4 * k)):
         best: tuple[Tensor, Tensor] | None = None
-        for left in range(0, n_latents, panel):
-            part = slice(left, left + panel)
-            pre = block @ weight[part].to(work).T
-            if bias is not None:
-                pre += bias[part].to(work)
+        for left, pre in panels:
             found = _stable_topk(pre, min(k, pre.shape[1]))
             found = (found[0], found[1] + left)
             if best is not None:
@@ -59,8 +86,7 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: 
                 found = (order.values[:, :k], torch.cat([best[1], found[1]], 1).gather(1, keep))
             best = found
         assert best is not None
-        values[top : top + row_block] = best[0]
-        indices[top : top + row_block] = best[1]
+        values[block], indices[block] = best
     return values.relu_(), indices
 
 
@@ -77,6 +103,89 @@ def _stable_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     by_index = indices.argsort(dim=1)
     order = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
     return order.values, indices.gather(1, by_index).gather(1, order.indices)
+
+
+# Codes of any number of latents a token. An entry is found by its position, row × N + latent, until all are known.
+
+_POSITION_BYTES = 16
+"""Workspace for each pre-activation that passes: its position in the panel, and that in the batch."""
+
+
+def batch_topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k·B`` largest of all of ``x @ weight.T + bias``, then ReLU; ties to the lower position.
+
+    Panels are walked with a running set of the best, so that only one panel of pre-activations exists at a time.
+
+    Returns
+    -------
+    crow [B + 1] int64, col [k·B] int32, values [k·B].
+    """
+    count, n_latents = x.shape[0] * k, weight.shape[0]
+    values = x.new_empty(0, dtype=_work_dtype(x.dtype))
+    positions = torch.empty(0, dtype=torch.int64, device=x.device)
+    for block, panels in _blocks(x, weight, bias, NARROWEST_PANEL, _POSITION_BYTES):
+        for left, pre in panels:
+            flat = pre.flatten()
+            cut = values.min() if values.numel() == count else -torch.inf
+            found = (~(flat < cut)).nonzero().squeeze(1)  # not >=: NaN is the largest number, as in torch.topk
+            found = found[_largest(flat[found], count)]
+            merged = torch.cat([positions, _positions(found, block.start, left, pre.shape[1], n_latents)])
+            positions, order = merged.sort()
+            values = torch.cat([values, flat[found]])[order]
+            keep = _largest(values, count)
+            positions, values = positions[keep], values[keep]
+    return *_rows_and_latents(positions, x.shape[0], n_latents), values.relu_().to(x.dtype)
+
+
+def threshold_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, screen: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of ``x @ weight.T + bias`` above `threshold`, 0-dim or ``[N]``, in the dtype of comparisons.
+
+    Returns
+    -------
+    crow [B + 1] int64, col [nnz] int32, values [nnz].
+    """
+    n_latents = weight.shape[0]
+    all_positions, all_values = [], []
+    for block, panels in _blocks(x, weight, bias, NARROWEST_PANEL, _POSITION_BYTES):
+        positions, values = [], []
+        for left, pre in panels:
+            width = pre.shape[1]
+            found = (pre > threshold.expand(n_latents)[left : left + width]).flatten().nonzero().squeeze(1)
+            positions.append(_positions(found, block.start, left, width, n_latents))
+            values.append(pre.flatten()[found].to(x.dtype))
+        in_order = torch.cat(positions).sort()
+        all_positions.append(in_order.values)
+        all_values.append(torch.cat(values)[in_order.indices])
+    return *_rows_and_latents(torch.cat(all_positions), x.shape[0], n_latents), torch.cat(all_values)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of a vector are, rising; ties to the lower index. All, where there are no more."""
+    if values.numel() <= count:
+        return torch.arange(values.numel(), device=values.device)
+    top = values.topk(count)
+    cut = top.values[-1]
+    above = top.indices[top.values != cut]
+    tied = (values == cut).nonzero().squeeze(1)  # torch.topk may have taken any of these
+    return torch.cat([above, tied[: count - above.numel()]]).sort().values
+
+
+def _positions(found: Tensor, top: int, left: int, width: int, n_latents: int) -> Tensor:
+    """Positions in the batch from those in a panel of `width` latents that begins at row `top` and latent `left`."""
+    return (top + found // width) * n_latents + left + found % width
+
+
+def _rows_and_latents(positions: Tensor, rows: int, n_latents: int) -> tuple[Tensor, Tensor]:
+    """``crow`` and ``col`` of entries at rising positions."""
+    starts = torch.arange(rows + 1, device=positions.device) * n_latents
+    return torch.searchsorted(positions, starts), (positions % n_latents).int()
+
+
+# Sparse products
 
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,10 +214,52 @@ def scatter_outer(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> 
     wide = grad.to(work)
     out = torch.zeros(d_sae, grad.shape[1], dtype=work, device=grad.device)
     for j in range(values.shape[1]):
-        update = values[:, j : j + 1].to(work) * wide
-        if out.is_cuda:
-            # Sorts, so its sums have one order; index_add_ uses atomics there, and index_put_ does on the CPU.
-            out.index_put_((indices[:, j].long(),), update, accumulate=True)
-        else:
-            out.index_add_(0, indices[:, j], update)
+        _add_rows(out, indices[:, j], values[:, j : j + 1].to(work) * wide)
     return out.to(grad.dtype)
+
+
+def _add_rows(out: Tensor, rows: Tensor, update: Tensor) -> None:
+    """``out[rows] += update`` with repeats, in one order of summation."""
+    if out.is_cuda:
+        # Sorts, so its sums have one order; index_add_ uses atomics there, and index_put_ does on the CPU.
+        out.index_put_((rows.long(),), update, accumulate=True)
+    else:
+        out.index_add_(0, rows, update)
+
+
+def csr_decode(values: Tensor, crow: Tensor, col: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``out[b] = bias + Σ values[e] · weight[col[e]]`` over the entries e of row b, ``[B, d]``."""
+    work = _work_dtype(values.dtype)
+    out = torch.zeros(crow.shape[0] - 1, weight.shape[1], dtype=work, device=values.device)
+    if bias is not None:
+        out += bias
+    rows = entry_rows(crow, col)
+    for part in _entry_blocks(out, col):
+        _add_rows(out, rows[part], values[part, None].to(work) * weight[col[part]].to(work))
+    return out.to(values.dtype)
+
+
+def csr_gather_dot(grad: Tensor, crow: Tensor, col: Tensor, weight: Tensor) -> Tensor:
+    """``out[e] = ⟨weight[col[e]], grad[row of e]⟩``, ``[nnz]``."""
+    wide, out = grad.to(_work_dtype(grad.dtype)), grad.new_empty(col.shape)
+    rows = entry_rows(crow, col)
+    for part in _entry_blocks(wide, col):
+        out[part] = (weight[col[part]].to(wide.dtype) * wide[rows[part]]).sum(1)
+    return out
+
+
+def csr_scatter_outer(values: Tensor, crow: Tensor, col: Tensor, grad: Tensor, d_sae: int) -> Tensor:
+    """``out[i] = Σ values[e] · grad[row of e]`` over all entries with ``col[e] == i``, ``[d_sae, d]``."""
+    work = _work_dtype(grad.dtype)
+    wide = grad.to(work)
+    out = torch.zeros(d_sae, grad.shape[1], dtype=work, device=grad.device)
+    rows = entry_rows(crow, col)
+    for part in _entry_blocks(out, col):
+        _add_rows(out, col[part], values[part, None].to(work) * wide[rows[part]])
+    return out.to(grad.dtype)
+
+
+def _entry_blocks(like: Tensor, col: Tensor) -> Iterator[slice]:
+    """Slices of the entries that are few enough for one row of `like` to each."""
+    size = max(1, PRODUCT_BYTES // max(1, like.shape[1] * like.itemsize))
+    return (slice(first, first + size) for first in range(0, col.shape[0], size))

@@ -51,9 +51,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinity, first in row {first}; remove or repair such rows")
 
 
-def check_indices(indices: Tensor, d_sae: int) -> None:
+def check_indices(indices: Tensor, d_sae: int, name: str = "indices") -> None:
     """Indices lie in ``[0, d_sae)``; looks at values, so it waits for the device."""
     if indices.numel():
         low, high = torch.aminmax(indices)
         if low < 0 or high >= d_sae:
-            raise ValueError(f"indices must lie in [0, {d_sae}), got values from {int(low)} to {int(high)}")
+            raise ValueError(f"{name} must lie in [0, {d_sae}), got values from {int(low)} to {int(high)}")
+
+
+def check_csr(crow: Tensor, col: Tensor, d_sae: int) -> None:
+    """`crow` starts the rows of `col`, whose indices are in range; looks at values, so it waits for the device."""
+    nnz = col.shape[0]
+    if crow.shape[0] == 0 or crow[0] != 0 or crow[-1] != nnz or (crow.diff() < 0).any():
+        raise ValueError(f"crow must go from 0 to {nnz} (the entries of col) and never fall, got {crow.tolist()[:10]}…")
+    check_indices(col, d_sae, "col")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import choose
-from sparsekern.codes import SparseCodes
+from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.factors import keep
 from sparsekern.ops._checks import (
     check_floating,
@@ -20,18 +20,20 @@ from sparsekern.ops._checks import (
     check_same_device,
     check_vector,
 )
+from sparsekern.ops._csr_products import csr_decode
 
 
-def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
-    """Reconstruction from sparse codes: ``Σ_j values_j · W_dec[indices_j] + b_dec``.
+def sparse_decode(codes: SparseCodes | CSRCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Reconstruction from sparse codes: ``Σ_j values_j · W_dec[indices_j] + b_dec`` over a token's codes.
 
     Differentiable in the values, `W_dec` and `b_dec`. Sums are made in float32 (float64 for float64 input), whatever
     the dtype of storage.
 
     Parameters
     ----------
-    codes : SparseCodes
-        Values ``[..., k]`` and indices ``[..., k]`` int32 in ``[0, d_sae)`` (checked at once on the CPU).
+    codes : SparseCodes or CSRCodes
+        Values ``[..., k]`` and indices ``[..., k]`` int32 in ``[0, d_sae)``, or ``crow [B + 1]`` int64, ``col [nnz]``
+        int32 and ``values [nnz]``. Indices and row starts are checked at once on the CPU.
     W_dec : Tensor [d_sae, d_out]
         Decoder, one row a latent.
     b_dec : Tensor [d_out] or None
@@ -39,17 +41,34 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None
 
     Returns
     -------
-    Tensor [..., d_out]
+    Tensor [..., d_out], or [B, d_out] for CSR codes
         In the promoted dtype of the values and `W_dec`.
 
     Raises
     ------
     ValueError
-        On a wrong shape, dtype or device, and on indices out of range.
+        On a wrong shape, dtype or device, and on indices or row starts out of range.
     """
-    values, indices = codes.values, codes.indices
+    values = codes.values
     check_floating(values=values, W_dec=W_dec, b_dec=b_dec)
     check_matrix("W_dec", W_dec)
+    if W_dec.shape[0] != codes.d_sae:
+        raise ValueError(f"W_dec must have {codes.d_sae} rows (d_sae of codes), got shape {tuple(W_dec.shape)}")
+    check_vector("b_dec", b_dec, ("d_out of W_dec", W_dec.shape[1]))
+    dtype = torch.promote_types(values.dtype, W_dec.dtype)
+    weight, bias = W_dec.to(dtype), None if b_dec is None else b_dec.to(dtype)
+    if isinstance(codes, CSRCodes):
+        for name, tensor, of in (("crow", codes.crow, torch.int64), ("col", codes.col, torch.int32)):
+            if tensor.dim() != 1 or tensor.dtype != of:
+                raise ValueError(f"codes.{name} must be 1-D {of}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        if values.shape != codes.col.shape:
+            raise ValueError(
+                "codes.values and codes.col must both be [nnz], "
+                f"got shapes {tuple(values.shape)} and {tuple(codes.col.shape)}"
+            )
+        check_same_device(crow=codes.crow, col=codes.col, values=values, W_dec=W_dec, b_dec=b_dec)
+        return csr_decode(values.to(dtype), codes.crow, codes.col, weight, bias)
+    indices = codes.indices
     if values.shape != indices.shape or values.dim() == 0:
         raise ValueError(
             "codes.values and codes.indices must both be [..., k], "
@@ -57,14 +76,9 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None
         )
     if indices.dtype != torch.int32:
         raise ValueError(f"codes.indices must be int32, got {indices.dtype}; use codes.indices.int()")
-    if W_dec.shape[0] != codes.d_sae:
-        raise ValueError(f"W_dec must have {codes.d_sae} rows (d_sae of codes), got shape {tuple(W_dec.shape)}")
-    check_vector("b_dec", b_dec, ("d_out of W_dec", W_dec.shape[1]))
     check_same_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
-    dtype = torch.promote_types(values.dtype, W_dec.dtype)
-    bias = None if b_dec is None else b_dec.to(dtype)
     k = values.shape[-1]
-    out = _sparse_decode(values.reshape(-1, k).to(dtype), indices.reshape(-1, k), W_dec.to(dtype), bias)
+    out = _sparse_decode(values.reshape(-1, k).to(dtype), indices.reshape(-1, k), weight, bias)
     return out.reshape(*values.shape[:-1], W_dec.shape[1])
 
 
