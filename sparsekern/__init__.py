@@ -3,7 +3,7 @@
 from sparsekern.backends import backends
 from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.modules import SAE, LossOutput, TopK
-from sparsekern.ops import sparse_decode, topk_encode
+from sparsekern.ops import batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from sparsekern.training import Trainer, evaluate, train
 
 __version__ = "0.1.0"
@@ -17,8 +17,10 @@ __all__ = [
     "Trainer",
     "__version__",
     "backends",
+    "batch_topk_encode",
     "evaluate",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
     "train",
 ]

@@ -4,7 +4,9 @@ An op checks its arguments, asks :mod:`sparsekern.backends` who serves them, and
 It holds no arithmetic of its own.
 """
 
+from sparsekern.ops._batch_topk_encode import batch_topk_encode
 from sparsekern.ops._sparse_decode import sparse_decode
+from sparsekern.ops._threshold_encode import threshold_encode
 from sparsekern.ops._topk_encode import topk_encode
 
-__all__ = ["sparse_decode", "topk_encode"]
+__all__ = ["batch_topk_encode", "sparse_decode", "threshold_encode", "topk_encode"]

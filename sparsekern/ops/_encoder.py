@@ -17,6 +17,7 @@ from sparsekern.ops._checks import (
     check_same_device,
     check_vector,
 )
+from sparsekern.ops._csr_products import csr_decode, csr_scatter_outer
 
 
 def encoder_arguments(
@@ -88,6 +89,32 @@ def encoder_gradients(
         with torch.autocast(x.device.type, enabled=False):
             dc = -_weighted_row_sum(db, weight) if dx is None else -dx.sum(0)
     return dx if needs_x else None, dw, db if needs_bias else None, dc
+
+
+def csr_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    """Saves what :func:`csr_backward` needs."""
+    x, weight, bias, center, _, _ = inputs
+    values, crow, col = output
+    ctx.mark_non_differentiable(crow, col)
+    ctx.save_for_backward(x, weight, center, values, crow, col)
+    ctx.has_bias = bias is not None
+
+
+def csr_backward(ctx, grad_values: Tensor, _crow, _col):  # type: ignore[no-untyped-def]
+    """The backward pass of an encoder ``(x, weight, bias, center, …, screen) -> (values, crow, col)``."""
+    _, weight, _, values, crow, col = ctx.saved_tensors
+    dz = torch.where(values > 0, grad_values, 0)
+
+    def scatter(vectors: Tensor) -> Tensor:
+        return csr_scatter_outer(dz, crow, col, vectors, weight.shape[0])
+
+    gradients = encoder_gradients(
+        ctx,
+        decode=lambda: csr_decode(dz, crow, col, weight, None),
+        scatter=scatter,
+        weight_gradient=scatter,
+    )
+    return *gradients, None, None
 
 
 @torch.library.custom_op("sparsekern::weighted_row_sum", mutates_args=())
