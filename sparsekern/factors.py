@@ -23,17 +23,22 @@ class OuterProducts(NamedTuple):
     vectors: Tensor
 
 
-# By address: a backward pass may see its saved weights as other Python objects than the parameters. Not thread-local,
+def identity(tensor: Tensor) -> tuple[int, int]:
+    """What two Python objects for one tensor have in common, also where it has no address (on ``meta``)."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
+# By identity: a backward pass may see its saved weights as other Python objects than the parameters. Not thread-local,
 # because autograd runs backward passes on threads of its own choosing.
-_kept: dict[int, list[OuterProducts]] = {}
+_kept: dict[tuple[int, int], list[OuterProducts]] = {}
 
 
 @contextmanager
-def kept_as_factors(weights: Iterable[Tensor]) -> Iterator[dict[int, list[OuterProducts]]]:
-    """Within this context, gradients of these weights are collected as factors, by ``data_ptr()``."""
+def kept_as_factors(weights: Iterable[Tensor]) -> Iterator[dict[tuple[int, int], list[OuterProducts]]]:
+    """Within this context, gradients of these weights are collected as factors, by :func:`identity`."""
     if _kept:
         raise RuntimeError("gradients are already being kept as factors; run one such backward pass at a time")
-    collected: dict[int, list[OuterProducts]] = {weight.data_ptr(): [] for weight in weights}
+    collected: dict[tuple[int, int], list[OuterProducts]] = {identity(weight): [] for weight in weights}
     _kept.update(collected)
     try:
         yield collected
@@ -45,7 +50,7 @@ def keep(weight: Tensor, values: Tensor, indices: Tensor, vectors: Tensor) -> bo
     """Keep the factors of ``dW`` if somebody collects them for this weight; whether that was so."""
     if not _kept or torch.is_grad_enabled():  # nobody does, or the gradient is to be differentiated itself
         return False
-    parts = _kept.get(weight.data_ptr())
+    parts = _kept.get(identity(weight))
     if parts is None:
         return False
     parts.append(OuterProducts(values, indices, vectors))

@@ -20,10 +20,13 @@ A backend is a module with the functions below, all with the same arguments and 
     -> ``[nnz]``
 ``csr_scatter_outer(values, crow, col, grad, d_sae)``
     -> ``[d_sae, d]``
+``weighted_row_sum(coefficients, weight)``
+    -> ``[d]``
 
-and ``unavailable(op, device_type, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
+and ``unavailable(op, device, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
-:mod:`~sparsekern.backends.cpu` also has the update of the weights, which :mod:`sparsekern.optim` calls by name.
+:mod:`~sparsekern.backends.cpu` and :mod:`~sparsekern.backends.triton` also have the update of the weights,
+``row_adam``, which :mod:`sparsekern.optim` calls.
 
 The choice follows the device and dtype of the tensors. ``SPARSEKERN_BACKEND=<name>`` forces one backend, and a call
 that it cannot serve then fails instead of falling back.
@@ -39,9 +42,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.backends import cpu, reference
+from sparsekern.backends import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 """By name, in order of preference."""
 
 OPS = (
@@ -49,6 +52,7 @@ OPS = (
     "sparse_decode",
     "gather_dot",
     "scatter_outer",
+    "weighted_row_sum",
     "batch_topk_encode",
     "threshold_encode",
     "csr_decode",
@@ -85,12 +89,12 @@ def choose(op: str, tensor: Tensor, screen: str = "auto") -> ModuleType:
     ValueError
         If the forced backend cannot serve the call, or no backend offers the asked `screen`.
     """
-    device, dtype = tensor.device.type, tensor.dtype
+    device, dtype = tensor.device, tensor.dtype
     name = forced()
     if name is not None:
         reason = BACKENDS[name].unavailable(op, device, dtype, screen)
         if reason is not None:
-            raise ValueError(f"SPARSEKERN_BACKEND={name} cannot serve {op} on {device} {dtype}: {reason}")
+            raise ValueError(f"SPARSEKERN_BACKEND={name} cannot serve {op} on {device.type} {dtype}: {reason}")
         return BACKENDS[name]
     reasons = {}
     for name, backend in BACKENDS.items():
@@ -98,14 +102,24 @@ def choose(op: str, tensor: Tensor, screen: str = "auto") -> ModuleType:
         if reason is None:
             return backend
         reasons[name] = reason
-        _warn_if_not_built(name, device, reason)
+        _warn_if_not_built(name, device.type, reason)
     details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"no backend serves {op} on {device} {dtype} with screen={screen!r} ({details})")
+    raise ValueError(f"no backend serves {op} on {device.type} {dtype} with screen={screen!r} ({details})")
+
+
+def updater(weight: Tensor) -> ModuleType | None:
+    """The backend that updates `weight` from gradients kept as factors; None where torch is to do it."""
+    names = [forced()] if forced() else list(BACKENDS)
+    for backend in (BACKENDS[name] for name in names if name):
+        if hasattr(backend, "updates") and backend.updates(weight):
+            return backend
+    return None
 
 
 def _warn_if_not_built(name: str, device: str, reason: str) -> None:
     """Say once that a device's own kernels are missing: the slow path should not be a silent surprise."""
-    if reason.startswith("not built") and name == device and name not in _warned:
+    own = {"cpu": "cpu", "cuda": "triton"}
+    if reason.startswith("not built") and own.get(device) == name and name not in _warned:
         _warned.add(name)
         warnings.warn(
             f"sparsekern's {name} kernels are {reason}; running on the slower reference backend. "
@@ -130,7 +144,7 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     for op in OPS:
         taken = False
         for name, backend in BACKENDS.items():
-            reason = backend.unavailable(op, device.type, dtype, "auto")
+            reason = backend.unavailable(op, device, dtype, "auto")
             if forced() not in (None, name):
                 reason = f"SPARSEKERN_BACKEND={forced()}"
             chosen = reason is None and not taken

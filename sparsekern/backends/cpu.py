@@ -47,10 +47,10 @@ borrows_threads: bool = _native is not None and _openmp is not None and _native.
 """Whether the kernels run on torch's own threads; they start some of their own otherwise."""
 
 
-def unavailable(op: str, device: str, dtype: torch.dtype, screen: str) -> str | None:
+def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) -> str | None:
     """Why this backend cannot serve such a call; None when it can."""
-    if device != "cpu":
-        return f"serves cpu tensors, not {device}"
+    if device.type != "cpu":
+        return f"serves cpu tensors, not {device.type}"
     if op not in globals():
         return f"has no {op} kernel"
     if _native is None:
@@ -252,7 +252,27 @@ def scatter_outer(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> 
     return out
 
 
+def weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`sparsekern.backends.reference.weighted_row_sum`; reads only the rows whose coefficient is not zero."""
+    found = coefficients.nonzero().squeeze(1)
+    if not found.numel():
+        return weight.new_zeros(weight.shape[1])
+    # Sixteen partial sums, for the threads to share and the order of summation not to depend on how many they are.
+    parts = 16
+    rows = torch.nn.functional.pad(found, (0, -found.numel() % parts))
+    values = coefficients[rows]
+    values[found.numel() :] = 0
+    return sparse_decode(values.view(parts, -1), rows.int().view(parts, -1), weight, None).sum(0)
+
+
 # Adam over gradients kept as factors
+
+
+def updates(weight: Tensor) -> bool:
+    """Whether :func:`row_adam` serves this weight."""
+    return (
+        _native is not None and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    )
 
 
 class SortedFactors:
@@ -298,6 +318,27 @@ def _sort_slots(indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     return start, order
 
 
+def clip_factor(factors: Sequence[tuple[SortedFactors, Tensor, bool]], rest: Tensor, clip_norm: float) -> float:
+    """What to multiply all gradients by so that their norm is at most `clip_norm`.
+
+    Parameters
+    ----------
+    factors : sequence of (SortedFactors, Tensor, bool)
+        Gradients, their weights, and whether these have unit rows.
+    rest : Tensor []
+        Sum of squares of the other gradients.
+    clip_norm : float
+        Infinite for none.
+    """
+    # The norm takes a pass over the factors of its own, unless it is plain that clipping will not bite: then it comes
+    # with the update.
+    if rest + sum(found.square_bound() for found, _, _ in factors) <= clip_norm**2:
+        return 1.0
+    squares = [gradient_squares(*each) for each in factors]
+    norm = torch.stack([rest, *squares]).sum().sqrt()
+    return min(1.0, clip_norm / (norm.item() + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+
+
 def gradient_squares(factors: SortedFactors, weight: Tensor, unit_rows: bool) -> Tensor:
     """Sum of squares of the gradient, without its components along the rows where these are `unit_rows`."""
     squares = torch.empty(weight.shape[0])
@@ -317,12 +358,14 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
     clip: float,
-    rest_after: int | None,
     copy: Quantized | None,
+    finite: Tensor | None = None,
+    rest_after: int | None = None,
 ) -> Tensor:
     """One step of Adam on `weight` in one pass over memory; `state` is that of ``torch.optim.Adam``.
 
-    Returns the sum of squares of the gradient before clipping, as :func:`gradient_squares` would have.
+    On the CPU a batch that is not `finite` was refused long before. Returns the sum of squares of the gradient before
+    clipping, as :func:`gradient_squares` would have.
     """
     squares = torch.empty(weight.shape[0])
     state["step"] += 1

@@ -24,7 +24,7 @@ PRODUCT_BYTES = 8 * 2**20
 """Bound on one block of products of a CSR function: near the cache, three times as fast as with 64 MiB."""
 
 
-def unavailable(op: str, device: str, dtype: torch.dtype, screen: str) -> str | None:
+def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) -> str | None:
     """Why this backend cannot serve such a call; None when it can."""
     if screen not in ("auto", "none"):
         return f"has no {screen} screening; use screen='auto' or 'none'"
@@ -263,3 +263,8 @@ def _entry_blocks(like: Tensor, col: Tensor) -> Iterator[slice]:
     """Slices of the entries that are few enough for one row of `like` to each."""
     size = max(1, PRODUCT_BYTES // max(1, like.shape[1] * like.itemsize))
     return (slice(first, first + size) for first in range(0, col.shape[0], size))
+
+
+def weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
+    """``coefficients @ weight``, ``[d]``."""
+    return coefficients @ weight

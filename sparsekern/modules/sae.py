@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.codes import SparseCodes
 from sparsekern.modules.activations import ACTIVATIONS, Activation
+from sparsekern.modules.dead import DeadBound, DeadRows, dead_rows
 from sparsekern.modules.initialization import geometric_median, unit_rows
 from sparsekern.modules.pretrained import load_pretrained, save_pretrained
 from sparsekern.ops import sparse_decode, topk_encode
@@ -120,6 +121,7 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(rows.new_zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=rows.device))
+        self._dead_bound = DeadBound()
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -155,6 +157,12 @@ class SAE(nn.Module):
             What to reconstruct; `x` by default.
         """
         self.check_batch(x, target)
+        out = self.loss_with_room(x, target, self.dead_room())
+        self.ask_for_dead(x.numel() // self.d_in)
+        return out
+
+    def loss_with_room(self, x: Tensor, target: Tensor | None, room: int | None) -> LossOutput:
+        """:meth:`loss` with `room` places for dead latents in AuxK, so that nothing waits for the device."""
         x = x.reshape(-1, self.d_in)
         target = x if target is None else target.reshape(-1, self.d_in)
         codes = self.encode(x)
@@ -162,16 +170,31 @@ class SAE(nn.Module):
         fvu = _fvu(error, target)
         parts = {"reconstruction": fvu}
         if self.training:
-            if self.aux_coefficient > 0:
+            if self.aux_coefficient > 0 and room != 0:
                 # The rows are gathered first: what follows costs in proportion to the dead latents only.
-                dead = self.dead_mask().nonzero().squeeze(1)
-                if dead.numel():
+                dead = dead_rows(self.dead_mask(), room)
+                if dead.rows.numel():
                     parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
             with torch.no_grad():
-                self.tokens_since_fired += x.shape[0]
-                self.tokens_since_fired[codes.firing_counts() > 0] = 0
+                # A batch that is not finite changes nothing.
+                finite = fvu.isfinite()
+                self.tokens_since_fired += x.shape[0] * finite
+                self.tokens_since_fired.masked_fill_((codes.firing_counts() > 0) & finite, 0)
         total = torch.stack(list(parts.values())).sum()
         return LossOutput(total, parts, codes, fvu.detach())
+
+    def dead_room(self) -> int | None:
+        """Places that AuxK needs for the dead latents in the next batch; None where they can be counted at once."""
+        if not self.training or self.aux_coefficient == 0:
+            return 0
+        if self.W_enc.device.type == "cpu":
+            return None
+        return self._dead_bound.bound(self.tokens_since_fired, self.dead_after)
+
+    def ask_for_dead(self, tokens: int) -> None:
+        """After a batch of so many tokens: ask the device how many latents could be dead soon."""
+        if self.training and self.aux_coefficient > 0 and self.W_enc.device.type == "cuda":
+            self._dead_bound.ask(self.tokens_since_fired, self.dead_after, tokens)
 
     def dead_mask(self) -> Tensor:
         """Latents that have not fired for `dead_after` tokens of training: ``[d_sae]`` bool."""
@@ -194,11 +217,15 @@ class SAE(nn.Module):
     def _center(self) -> Tensor | None:
         return self.b_dec if self.pre_bias else None
 
-    def _auxk(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """FVU of the residual under its reconstruction from the rows `dead`."""
-        k = min(self.aux_k, dead.numel())
-        codes = topk_encode(x, gather_rows(self.W_enc, dead), self.b_enc[dead], k, center=self._center())
-        return _fvu(sparse_decode(codes, gather_rows(self.W_dec, dead)) - residual, residual)
+    def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
+        """FVU of the residual under its reconstruction from the dead rows; 0 where none is used."""
+        k = min(self.aux_k, dead.rows.numel())
+        bias = self.b_enc[dead.rows]
+        if dead.used is not None:
+            bias = torch.where(dead.used, bias, -torch.inf)  # so that the places beyond the dead ones never fire
+        codes = topk_encode(x, gather_rows(self.W_enc, dead.rows), bias, k, center=self._center())
+        fvu = _fvu(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
+        return fvu if dead.used is None else fvu * dead.used.any()
 
     # The constraint on the decoder, and the start
 

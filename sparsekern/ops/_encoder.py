@@ -119,17 +119,9 @@ def csr_backward(ctx, grad_values: Tensor, _crow, _col):  # type: ignore[no-unty
 
 @torch.library.custom_op("sparsekern::weighted_row_sum", mutates_args=())
 def _weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
-    """``coefficients @ weight``, reading only the rows whose coefficient is not zero."""
-    found = coefficients.nonzero().squeeze(1)
-    if not found.numel():
-        return weight.new_zeros(weight.shape[1])
-    # Sixteen partial sums, for the threads to share and the order of summation not to depend on how many they are.
-    parts = 16
-    rows = torch.nn.functional.pad(found, (0, -found.numel() % parts))
-    values = coefficients[rows]
-    values[found.numel() :] = 0
-    backend = choose("sparse_decode", weight)
-    return backend.sparse_decode(values.view(parts, -1), rows.int().view(parts, -1), weight, None).sum(0)
+    """``coefficients @ weight``; backends read only the rows whose coefficient is not zero."""
+    backend = choose("weighted_row_sum", weight)
+    return backend.weighted_row_sum(coefficients, weight)
 
 
 @_weighted_row_sum.register_fake

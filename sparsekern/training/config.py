@@ -31,6 +31,12 @@ class TrainerConfig(Options):
         0.2, "final share of the run over which the learning rate falls to 0", at_least=0, at_most=1
     )
     fit_start: bool = option(True, "fit b_dec and the encoder's scale to the first batch, if both biases are still 0")
+    validate: bool = option(
+        False, "look for NaN and infinity in every batch at once, also on a GPU, which waits for it; a CPU always does"
+    )
+    cuda_graph: bool = option(
+        False, "on a GPU, replay a step as one CUDA graph; pays where kernels are short. Not yet tried on a device"
+    )
     b_dec_init: str = option("geometric_median", "where that puts b_dec", choices=("geometric_median", "mean", "zeros"))
 
 

@@ -11,6 +11,7 @@ from sparsekern.modules import SAE
 from sparsekern.ops._checks import check_finite
 from sparsekern.optim import Adam
 from sparsekern.training.config import TrainerConfig
+from sparsekern.training.graph import StepGraphs
 from sparsekern.training.schedule import default_lr, warmup_and_decay
 
 
@@ -28,6 +29,9 @@ class StepStats(NamedTuple):
     loss, fvu, l0, grad_norm, dead_fraction : Tensor []
         Loss and FVU of the batch before the update, active latents a token, global gradient norm before clipping,
         share of latents that count as dead.
+    skipped : Tensor []
+        Batches so far whose loss was not finite, as from NaN in them. On a GPU they change nothing and are noticed when
+        these numbers are read; on a CPU they raise at once.
     """
 
     step: int
@@ -38,9 +42,21 @@ class StepStats(NamedTuple):
     l0: Tensor
     grad_norm: Tensor
     dead_fraction: Tensor
+    skipped: Tensor
 
     def to_floats(self) -> dict[str, float]:
-        """All entries as Python numbers; waits for the device."""
+        """All entries as Python numbers; waits for the device.
+
+        Raises
+        ------
+        ValueError
+            If batches were skipped, for not being finite.
+        """
+        if self.skipped > 0:
+            raise ValueError(
+                f"x held NaN or infinity, or made the loss overflow, in {int(self.skipped)} of {self.step} batches, "
+                "which changed nothing; remove or repair such rows. validate=True tells at once which"
+            )
         return {name: value.item() if isinstance(value, Tensor) else value for name, value in self._asdict().items()}
 
 
@@ -75,35 +91,45 @@ class Trainer:
             self.warmup_steps = config.warmup_steps
         else:
             self.warmup_steps = 1000 if config.steps is None else min(1000, config.steps // 20)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
+        self._graphs = StepGraphs(self) if config.cuda_graph and sae.W_enc.device.type == "cuda" else None
         self._named = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self.optimizer = Adam(sae, betas=(config.beta1, config.beta2), eps=config.eps, rest_after=config.rest_after)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
         """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
         sae, config = self.sae, self.config
-        x = x.to(sae.W_enc.device)
-        target = None if target is None else target.to(sae.W_enc.device)
+        device = sae.W_enc.device
+        x = x.to(device)
+        target = None if target is None else target.to(device)
         sae.check_batch(x, target)
-        if target is not None and target.device.type == "cpu":
+        if target is not None and (config.validate or device.type == "cpu"):
             check_finite("target", target)
-        fresh = self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any()
-        if config.fit_start and fresh:
+        if config.validate and device.type != "cpu":
+            check_finite("x", x)
+        if config.fit_start and self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any():
             sae.fit_start_(x, config.b_dec_init)
-        out = sae.train().loss(x, target)
+        sae.train()
         lr = self.peak_lr * warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
-        grad_norm = self.optimizer.step(out.total, lr=lr, clip_norm=config.clip_norm or float("inf"))
+        room = sae.dead_room()
+        if self._graphs is None:
+            measures = self.device_step(x, target, room, lr)
+        else:
+            measures = self._graphs.step(x, target, room, lr)
+        tokens = x.numel() // x.shape[-1]
+        sae.ask_for_dead(tokens)
         self.steps_done += 1
-        self.tokens_seen += x.numel() // x.shape[-1]
-        return StepStats(
-            step=self.steps_done,
-            tokens=self.tokens_seen,
-            lr=lr,
-            loss=out.total.detach(),
-            fvu=out.fvu,
-            l0=out.codes.l0().float().mean(),
-            grad_norm=grad_norm,
-            dead_fraction=sae.dead_mask().float().mean(),
-        )
+        self.tokens_seen += tokens
+        return StepStats(self.steps_done, self.tokens_seen, lr, *measures)
+
+    def device_step(self, x: Tensor, target: Tensor | None, room: int | None, lr: float | Tensor) -> tuple[Tensor, ...]:
+        """What of a step is work for the device: loss, gradients, update, and the tensors of its statistics."""
+        out = self.sae.loss_with_room(x, target, room)
+        grad_norm = self.optimizer.step(out.total, lr=lr, clip_norm=self.config.clip_norm or float("inf"))
+        loss = out.total.detach()
+        self._skipped += ~loss.isfinite()
+        l0, dead = out.codes.l0().float().mean(), self.sae.dead_mask().float().mean()
+        return loss, out.fvu, l0, grad_norm, dead, self._skipped.clone()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a bit-identical continuation needs, as flat named tensors: weights, optimizer, counters."""
@@ -129,10 +155,7 @@ class Trainer:
             for name, parameter in self._named.items():
                 prefix = f"optimizer.{name}."
                 moments = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-                # Adam's step counter lives on the CPU unless a kernel wants it elsewhere; moments follow the parameter.
-                self.optimizer.state[parameter] = {
-                    key: t.clone() if t.dim() == 0 else t.to(parameter.device, copy=True) for key, t in moments.items()
-                }
+                self.optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in moments.items()}
             self.steps_done = int(state["trainer.steps_done"])
             self.tokens_seen = int(state["trainer.tokens_seen"])
         except (KeyError, RuntimeError) as error:

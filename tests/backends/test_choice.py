@@ -18,9 +18,10 @@ needs_native = pytest.mark.skipif(cpu.isa() is None, reason="the native kernels 
 def test_every_backend_that_serves_an_op_has_it():
     for name, backend in BACKENDS.items():
         for op in OPS:
-            if backend.unavailable(op, "cpu", torch.float32, "auto") is None:
+            if backend.unavailable(op, torch.device("cpu"), torch.float32, "auto") is None:
                 assert callable(getattr(backend, op)), f"{name}.{op}"
-        assert backend.unavailable("no_such_op", "cpu", torch.float32, "auto") is not None or backend is reference
+        reason = backend.unavailable("no_such_op", torch.device("cpu"), torch.float32, "auto")
+        assert reason is not None or backend is reference
 
 
 @needs_native
@@ -38,7 +39,7 @@ def test_a_forced_backend_fails_loudly(monkeypatch):
     with pytest.raises(ValueError, match="SPARSEKERN_BACKEND=cpu cannot serve sparse_decode on meta"):
         choose("sparse_decode", torch.ones(1, device="meta"))
     monkeypatch.setenv("SPARSEKERN_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND='tpu': must be one of cpu, reference"):
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND='tpu': must be one of triton, cpu, reference"):
         choose("sparse_decode", torch.ones(1))
 
 

@@ -1,0 +1,361 @@
+"""Checks of the kernels on the device at hand, against float64 on the CPU.
+
+The first call of an op with a dtype on a device runs that op's check: small shapes, milliseconds once compiled. The
+outcome is kept in a file for the device, the driver and the versions of Triton, torch and these kernels' sources, so
+that it is run once. An op whose kernels disagree, or do not run, is served by the reference, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekern.backends import reference, triton
+from sparsekern.factors import OuterProducts
+from sparsekern.files import write_json
+
+# Twice the error of the same expression in the same precision, with room for the order of sums over these widths.
+_BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Result(NamedTuple):
+    """Outcome of the check of one op with one dtype.
+
+    Attributes
+    ----------
+    kernel : str
+        The op.
+    dtype : str
+    passed : bool
+    error, bound : float
+        Largest relative error over the results, ``‖out − ref‖ / ‖ref‖``, and what it may be.
+    seconds : float
+        Compilation included.
+    note : str
+        What went wrong; empty where nothing did.
+    """
+
+    kernel: str
+    dtype: str
+    passed: bool
+    error: float
+    bound: float
+    seconds: float
+    note: str
+
+
+class _DisagreementError(Exception):
+    """A result that is not a matter of rounding."""
+
+
+# The cases: each returns pairs of a kernel's result and the expected one.
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _codes(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes with empty latents, one that fires on every token, and zero-valued slots."""
+    order = torch.stack([torch.randperm(n // 2, generator=torch.Generator().manual_seed(row)) for row in range(rows)])
+    indices = order[:, :k] + 1
+    indices[:, 0] = 0
+    return _random(rows, k, dtype=dtype, seed=1).relu(), indices.int()
+
+
+def _encode_cases(dtype: torch.dtype, n_wide: int) -> list[tuple[Tensor, Tensor, Tensor | None, int]]:
+    """Activations, weights, bias and k: narrow, wide, with ties, and with a bucket that hides candidates."""
+    cases: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+    for rows, d, n, k in [(19, 40, 300, 7), (5, 72, n_wide, 4)]:
+        x, weight = _random(rows, d, dtype=dtype, seed=2), _random(n, d, dtype=dtype, seed=3)
+        weight[n // 2 : n // 2 + 9] = weight[:9]  # ties
+        x[1] = weight[5] * 2  # a clear winner, twice
+        cases.append((x, weight, _random(n, dtype=dtype, seed=4), k))
+    x, weight, _, k = cases[-1]
+    weight = weight.clone()
+    # Members of one bucket, whatever the number of buckets, as that is a power of two up to 4096: all win.
+    weight[7::4096] = x[2] + 0.1 * weight[7::4096]
+    x = x.clone()
+    x[3] = 0  # all latents tie: too many candidates, so the token is repaired
+    cases.append((x, weight, None, k))
+    return cases
+
+
+def _check_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    pairs: Pairs = []
+    before = os.environ.get("SPARSEKERN_TRITON_ENCODE")
+    try:
+        for path in ("fused", "chunked"):
+            os.environ["SPARSEKERN_TRITON_ENCODE"] = path
+            for x, weight, bias, k in _encode_cases(dtype, n_wide=14_001):
+                on = [None if t is None else t.to(device) for t in (x, weight, bias)]
+                values, indices = triton.topk_encode(*on, k, "auto")
+                pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
+    finally:
+        os.environ.pop("SPARSEKERN_TRITON_ENCODE") if before is None else os.environ.update(
+            SPARSEKERN_TRITON_ENCODE=before
+        )
+    return pairs
+
+
+def _compare_codes(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Pairs:
+    wide = (x.double(), weight.double(), None if bias is None else bias.double())
+    expected, order = reference.topk_encode(*wide, k, "none")
+    if not ((indices >= 0) & (indices < weight.shape[0])).all():
+        raise _DisagreementError("an index is out of range")
+    score = torch.nn.functional.linear(*wide).gather(1, indices.long())
+    cut = torch.nn.functional.linear(*wide).sort(dim=1, descending=True).values[:, k - 1 : k]
+    if (score < cut - 1e-4 * cut.abs().clamp_min(1)).any():
+        raise _DisagreementError("a latent outside the top k was taken")
+    if (indices.sort(dim=1).values.diff(dim=1) == 0).any():
+        raise _DisagreementError("a latent was taken twice")
+    tied = (score[:, 1:] == score[:, :-1]) & (indices[:, 1:] < indices[:, :-1])
+    if tied.any() or not torch.equal(indices[3], order[3].int()):
+        raise _DisagreementError("ties do not go to the lower latent")
+    return [(values, expected)]
+
+
+def _check_sparse_decode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    values, indices = _codes(37, 50, 5, dtype)
+    weight, bias = _random(50, 77, dtype=dtype, seed=5), _random(77, dtype=dtype, seed=6)
+    out = triton.sparse_decode(*(t.to(device) for t in (values, indices, weight, bias)))
+    return [(out, reference.sparse_decode(values.double(), indices, weight.double(), bias.double()))]
+
+
+def _check_gather_dot(dtype: torch.dtype, device: torch.device) -> Pairs:
+    _, indices = _codes(37, 50, 5, dtype)
+    weight, grad = _random(50, 77, dtype=dtype, seed=5), _random(37, 77, dtype=dtype, seed=6)
+    out = triton.gather_dot(*(t.to(device) for t in (grad, indices, weight)))
+    return [(out, reference.gather_dot(grad.double(), indices, weight.double()))]
+
+
+def _check_scatter_outer(dtype: torch.dtype, device: torch.device) -> Pairs:
+    values, indices = _codes(300, 50, 5, dtype)
+    grad = _random(300, 77, dtype=dtype, seed=6)
+    arguments = [t.to(device) for t in (values, indices, grad)]
+    out, again = triton.scatter_outer(*arguments, 50), triton.scatter_outer(*arguments, 50)
+    if not torch.equal(out, again):
+        raise _DisagreementError("two runs differ")
+    return [(out, reference.scatter_outer(values.double(), indices, grad.double(), 50))]
+
+
+def _check_weighted_row_sum(dtype: torch.dtype, device: torch.device) -> Pairs:
+    coefficients = _random(3000, dtype=dtype, seed=7) * (torch.arange(3000) % 3 == 0)
+    weight = _random(3000, 77, dtype=dtype, seed=5)
+    out = triton.weighted_row_sum(coefficients.to(device), weight.to(device))
+    return [(out, coefficients.double() @ weight.double())]
+
+
+def _csr(rows: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``crow``, ``col``, values and the dense codes; the first row is empty."""
+    dense = _random(rows, n, dtype=dtype, seed=8).relu() * (torch.arange(n) % 3 == 0)
+    dense[0] = 0
+    row, col = dense.nonzero(as_tuple=True)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)])
+    return crow, col.int(), dense[row, col], dense
+
+
+def _check_csr_decode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    crow, col, values, dense = _csr(37, 50, dtype)
+    weight, bias = _random(50, 77, dtype=dtype, seed=5), _random(77, dtype=dtype, seed=6)
+    out = triton.csr_decode(*(t.to(device) for t in (values, crow, col, weight, bias)))
+    return [(out, dense.double() @ weight.double() + bias.double())]
+
+
+def _check_csr_gather_dot(dtype: torch.dtype, device: torch.device) -> Pairs:
+    crow, col, _, dense = _csr(37, 50, dtype)
+    weight, grad = _random(50, 77, dtype=dtype, seed=5), _random(37, 77, dtype=dtype, seed=6)
+    out = triton.csr_gather_dot(*(t.to(device) for t in (grad, crow, col, weight)))
+    return [(out, (grad.double() @ weight.double().T)[dense != 0])]
+
+
+def _check_csr_scatter_outer(dtype: torch.dtype, device: torch.device) -> Pairs:
+    crow, col, values, dense = _csr(300, 50, dtype)
+    grad = _random(300, 77, dtype=dtype, seed=6)
+    out = triton.csr_scatter_outer(*(t.to(device) for t in (values, crow, col, grad)), 50)
+    return [(out, dense.double().T @ grad.double())]
+
+
+def _check_threshold_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    x, weight, bias, _ = _encode_cases(dtype, n_wide=14_001)[0]
+    assert bias is not None
+    score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    # A threshold in the widest gap near it: rounding must not decide.
+    near = score.flatten().sort().values
+    near = near[near > 1.0][:200]
+    gap = near.diff().argmax()
+    threshold = ((near[gap] + near[gap + 1]) / 2).to(torch.float32)
+    crow, col, values = triton.threshold_encode(*(t.to(device) for t in (x, weight, bias, threshold)), "auto")
+    expected = torch.where(score > threshold.double(), score, 0.0)
+    return [(_to_dense(crow, col, values, weight.shape[0]), expected)]
+
+
+def _check_batch_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    x, weight, bias, k = _encode_cases(dtype, n_wide=14_001)[0]
+    assert bias is not None
+    crow, col, values = triton.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), k, "auto")
+    if col.shape[0] != k * x.shape[0]:
+        raise _DisagreementError(f"{col.shape[0]} entries were kept, not {k * x.shape[0]}")
+    score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    flat = torch.zeros_like(score).flatten()
+    order = score.flatten().sort(descending=True, stable=True).indices[: col.shape[0]]
+    flat[order] = score.flatten()[order].relu()
+    return [(_to_dense(crow, col, values, weight.shape[0]), flat.view_as(score))]
+
+
+def _to_dense(crow: Tensor, col: Tensor, values: Tensor, n: int) -> Tensor:
+    crow, col, values = crow.cpu(), col.cpu().long(), values.cpu().double()
+    dense = torch.zeros(crow.shape[0] - 1, n, dtype=torch.float64)
+    dense[torch.repeat_interleave(torch.arange(crow.shape[0] - 1), crow.diff()), col] = values
+    return dense
+
+
+def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
+    n, d = 60, 77
+    weight = torch.nn.functional.normalize(_random(n, d, dtype=dtype, seed=5), dim=1)
+    expected = weight.double()
+    mine = weight.to(device)
+    state = {"step": torch.zeros((), device=device)}
+    state |= {name: torch.zeros_like(mine) for name in ("exp_avg", "exp_avg_sq")}
+    first, second = torch.zeros_like(expected), torch.zeros_like(expected)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    rest = torch.zeros((), dtype=torch.float64, device=device)
+    for step in range(1, 4):
+        parts = [(*_codes(300, n, 5, dtype), _random(300, d, dtype=dtype, seed=20 + i)) for i in range(2)]
+        gradient = sum(
+            (reference.scatter_outer(v.double(), i, g.double(), n) for v, i, g in parts), torch.zeros_like(expected)
+        )
+        gradient = gradient - (gradient * expected).sum(1, keepdim=True) * expected
+        gradient = gradient * (0.5 / gradient.norm()).clamp(max=1)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        expected = expected - 1e-2 / (1 - 0.9**step) * first / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        expected = expected / expected.norm(dim=1, keepdim=True)
+        factors = triton.SortedFactors([OuterProducts(*(t.to(device) for t in part)) for part in parts], n)
+        clip = triton.clip_factor([(factors, mine, True)], rest, 0.5)
+        options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": None, "finite": finite}
+        triton.row_adam(factors, mine, True, state, **options)
+    return [(mine, expected), (state["exp_avg"], first), (state["exp_avg_sq"], second)]
+
+
+CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
+    "topk_encode": _check_topk_encode,
+    "sparse_decode": _check_sparse_decode,
+    "gather_dot": _check_gather_dot,
+    "scatter_outer": _check_scatter_outer,
+    "weighted_row_sum": _check_weighted_row_sum,
+    "csr_decode": _check_csr_decode,
+    "csr_gather_dot": _check_csr_gather_dot,
+    "csr_scatter_outer": _check_csr_scatter_outer,
+    "threshold_encode": _check_threshold_encode,
+    "batch_topk_encode": _check_batch_topk_encode,
+    "row_adam": _check_row_adam,
+}
+"""The check of every op."""
+
+_FLOAT32_ONLY = ("row_adam",)
+
+
+def run_one(op: str, dtype: torch.dtype, device: torch.device) -> Result:
+    """Check one op now."""
+    start, error, note = time.perf_counter(), float("nan"), ""
+    try:
+        pairs = [(out.double().cpu(), expected) for out, expected in CASES[op](dtype, device)]
+        error = max(float((out - expected).norm() / expected.norm()) for out, expected in pairs)
+        passed = error <= _BOUNDS[dtype]  # not where it is NaN
+        note = "" if passed else "the results are too far from float64"
+    except Exception as problem:  # whatever it is, the reference can serve
+        passed, note = False, f"{type(problem).__name__}: {problem}"
+    seconds = time.perf_counter() - start
+    return Result(op, str(dtype).removeprefix("torch."), passed, error, _BOUNDS[dtype], seconds, note)
+
+
+def run(device: torch.device | str) -> list[Result]:
+    """Check every op with every dtype now, whatever was found before."""
+    device = torch.device(device)
+    pairs = [(op, dtype) for op in CASES for dtype in _BOUNDS if dtype == torch.float32 or op not in _FLOAT32_ONLY]
+    return [run_one(op, dtype, device) for op, dtype in pairs]
+
+
+def cache_file() -> Path:
+    """Where outcomes are kept; ``SPARSEKERN_CACHE`` names another folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPARSEKERN_CACHE") or Path(home) / "sparsekern") / "checks.json"
+
+
+@functools.cache
+def _fingerprint(index: int) -> str:
+    """Of all that the outcome of a check depends on."""
+    import triton as compiler
+
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    device = torch.cuda.get_device_properties(index)
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return "; ".join(
+        [
+            f"{device.name} {device.major}.{device.minor}",
+            f"driver {driver}",
+            f"torch {torch.__version__}",
+            f"triton {compiler.__version__}",
+            f"kernels {sources.hexdigest()[:16]}",
+        ]
+    )
+
+
+_verdicts: dict[tuple[str, torch.dtype, int], str | None] = {}
+
+
+def verdict(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None where the kernels of `op` are right on `device`, else why they are not used there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = op, dtype, index
+    if key not in _verdicts:
+        _verdicts[key] = _first_verdict(op, dtype, index)
+    return _verdicts[key]
+
+
+def _first_verdict(op: str, dtype: torch.dtype, index: int) -> str | None:
+    if op not in CASES or (dtype != torch.float32 and op in _FLOAT32_ONLY):
+        return f"has no {op} kernel for {dtype}"
+    known = _read_cache()
+    fingerprint, name = _fingerprint(index), f"{op} {dtype}"
+    if known.get(fingerprint, {}).get(name) is True:
+        return None
+    result = run_one(op, dtype, torch.device("cuda", index))
+    if result.passed:
+        known.setdefault(fingerprint, {})[name] = True
+        try:
+            cache_file().parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache_file(), known)
+        except OSError:
+            pass  # it will be checked again in the next process
+        return None
+    warnings.warn(
+        f"sparsekern's Triton kernels for {op} on {dtype} failed their check on this device: {result.note} "
+        f"(error {result.error:.2g}, at most {result.bound:.2g}). The slower reference serves in their place. Please "
+        f"report this line and the output of `sparsekern doctor`: {fingerprint}",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+    return f"failed its check on this device: {result.note}"
+
+
+def _read_cache() -> dict[str, dict[str, bool]]:
+    try:
+        known = json.loads(cache_file().read_text())
+    except (OSError, ValueError):  # none yet, or half of one
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,761 @@
+"""Exact top-k encoding: screen, select, rescore, take.
+
+=========  ============================================================================================================
+screen     A low-precision product proposes latents. Latent i lies in bucket ``i mod n_buckets``; of every bucket the
+           ``keep`` largest scores of a token survive, as keys: the float32 score with the latent's number inside the
+           bucket in its lowest bits. Either a matmul whose epilogue keeps the keys (*fused*), or a library matmul over
+           one panel of latents after the other, each read once (*chunked*).
+select     The k-th largest key, less twice the largest possible error of a score (*slack*), is the threshold that a
+           candidate has to reach. A bucket whose last key reaches it may hide more, so all of its latents become
+           candidates.
+rescore    Candidates get their float32 pre-activations from the stored weights.
+repair     A token with more candidates than there is room for has all latents rescored.
+take       The k largest, ties to the lower latent, then ReLU.
+=========  ============================================================================================================
+
+The certificate is the slack, a worst case by Cauchy–Schwarz from measured norms:
+``|W·x − Ŵ·x̂| ≤ ‖W − Ŵ‖‖x‖ + ‖Ŵ‖‖x − x̂‖`` and the rounding of the sums. No latent that is not a candidate can be
+among the k largest, so the answer does not depend on the precision of the screen. Only fp8 uses a bound that is
+statistical; see :func:`_slack`.
+
+Nothing waits for the device: the number of candidates, and which tokens need repair, stay there.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsekern.backends import reference
+from sparsekern.backends.triton._launch import launch
+from sparsekern.backends.triton.plans import SCREEN_DTYPE, EncodePlan, encode_plan
+
+# Beyond every score, and finite: the bits of an infinity with a number in them would be a NaN.
+LOWEST = tl.constexpr(-3.0e38)
+HIGHEST = tl.constexpr(3.0e38)
+NOTHING = tl.constexpr(-(2**63))  # below every score packed with its latent
+NO_LATENT = tl.constexpr(2**31 - 1)
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Bound on the keys, candidates and scores that exist at one time."""
+
+PANEL_BYTES = 32 * 2**20
+"""Bound on a panel of scores of the chunked path: it should stay in the cache until it has been read."""
+
+
+# Rows in the precision of the screen
+
+
+@triton.jit
+def _cast_rows(
+    rows, row_stride, out, scale, norm, error, d, SCALED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows rounded to the dtype of `out`, with their norms and the norms of what rounding changed."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if SCALED:
+        largest = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, d, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            value = tl.load(rows + row * row_stride + column, mask=column < d, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(value))
+        factor = tl.maximum(tl.max(largest, axis=0) / LARGEST, 1e-30)
+        tl.store(scale + row, factor)
+    squares = tl.zeros([BLOCK], tl.float32)
+    errors = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, d, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(rows + row * row_stride + column, mask=column < d, other=0.0).to(tl.float32)
+        rounded = (value / factor).to(out.dtype.element_ty)
+        tl.store(out + row * d + column, rounded, mask=column < d)
+        squares += value * value
+        difference = value - rounded.to(tl.float32) * factor
+        errors += difference * difference
+    tl.store(norm + row, tl.sqrt(tl.sum(squares, axis=0)))
+    tl.store(error + row, tl.sqrt(tl.sum(errors, axis=0)))
+
+
+class Cast(NamedTuple):
+    """Rows in the precision of the screen.
+
+    Attributes
+    ----------
+    rows : Tensor [n, d]
+    scale : Tensor [n] or None
+        What each row is to be multiplied by; fp8 only.
+    norm, error : Tensor [n]
+        Norm of each row before rounding, and of what rounding changed.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+    norm: Tensor
+    error: Tensor
+
+
+def cast_rows(rows: Tensor, dtype: torch.dtype) -> Cast:
+    """`rows` ``[n, d]`` rounded to `dtype`; fp8 with a scale for each row."""
+    n, d = rows.shape
+    scaled = dtype == torch.float8_e4m3fn
+    out = torch.empty(n, d, dtype=dtype, device=rows.device)
+    scale, norm, error = (torch.empty(n, dtype=torch.float32, device=rows.device) for _ in range(3))
+    block = min(1024, triton.next_power_of_2(d))
+    constants = {"SCALED": scaled, "LARGEST": 448.0, "BLOCK": block}
+    launch(_cast_rows, (n,), rows, rows.stride(0), out, scale, norm, error, d, **constants)
+    return Cast(out, scale if scaled else None, norm, error)
+
+
+class Quantized:
+    """The copy of an encoder's weight that the screen reads, kept current by the optimizer.
+
+    It is valid as long as nobody but its keeper changes the weight. Changes by torch are seen by the tensor's version.
+    Those through ``weight.data``, which has none, are seen on the device by the first column, without anybody waiting:
+    the slack is then infinite, and every token is repaired.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.cast = cast_rows(weight.detach(), SCREEN_DTYPE)
+        self.address = weight.data_ptr()
+        self._column = torch.empty_like(weight.detach()[:, 0])
+        self.mark_current(weight)
+
+    def mark_current(self, weight: Tensor) -> None:
+        """Say that the copy is that of `weight` as it now is."""
+        self._version = weight._version
+        self._column.copy_(weight.detach()[:, 0])  # in place, so that a CUDA graph finds it
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether the copy is still that of `weight`, as far as can be told without waiting."""
+        return (
+            weight.data_ptr() == self.address
+            and weight.shape == self.cast.rows.shape
+            and weight._version == self._version
+        )
+
+    def unchanged(self, weight: Tensor) -> Tensor:
+        """Whether the first column is as it was: bool on the device."""
+        return (weight[:, 0] == self._column).all()
+
+
+_quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDictionary()
+"""By address of the weight. The optimizer that refreshes a copy owns it."""
+
+
+def quantized(weight: Tensor) -> Quantized:
+    """A copy of `weight` for the caller to own, which :func:`topk_encode` uses while it is current."""
+    copy = _quantized[weight.data_ptr()] = Quantized(weight)
+    return copy
+
+
+# Screening
+
+
+@triton.jit
+def _insert(first, second, third, new, KEEP: tl.constexpr):
+    """The three largest of four, elementwise, where the first three are sorted."""
+    if KEEP == 1:
+        return tl.maximum(first, new), second, third
+    rest = tl.minimum(first, new)
+    if KEEP == 2:
+        return tl.maximum(first, new), tl.maximum(second, rest), third
+    return tl.maximum(first, new), tl.maximum(second, rest), tl.maximum(third, tl.minimum(second, rest))
+
+
+@triton.jit
+def _to_key(score, member, MEMBER_BITS: tl.constexpr):
+    """The score with the number of its latent inside the bucket in the lowest bits."""
+    bits = score.to(tl.int32, bitcast=True)
+    return ((bits & (-(1 << MEMBER_BITS))) | member).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_keys(keys, first, second, third, row, bucket, wanted, n_buckets, KEEP: tl.constexpr):
+    out = keys + row.to(tl.int64)[:, None] * (n_buckets * KEEP) + bucket[None, :]
+    tl.store(out, first, mask=wanted)
+    if KEEP > 1:
+        tl.store(out + n_buckets, second, mask=wanted)
+    if KEEP > 2:
+        tl.store(out + 2 * n_buckets, third, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "n_members"])
+def _screen(
+    x, x_scale, weight, weight_stride, weight_scale, bias, keys, n_rows, n, d, n_buckets, n_members,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Matmul with the keys of :func:`_to_key` in its epilogue.
+
+    A program has ROWS tokens and all members of BUCKETS neighbouring buckets, MEMBERS of them at a time. With BUCKETS a
+    multiple of 8 the tensor cores leave all members of a bucket in one thread, so that the epilogue needs no exchange.
+    """
+    # Programs that run at one time share rows of both operands: GROUP blocks of tokens by all buckets, in turn.
+    blocks = tl.cdiv(n_rows, ROWS)
+    across = tl.cdiv(n_buckets, BUCKETS)
+    group = tl.program_id(0) // (GROUP * across)
+    height = tl.minimum(blocks - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
+    bucket = (within // height) * BUCKETS
+
+    depth = tl.arange(0, DEPTH)
+    x_row = x + tl.where(row < n_rows, row, 0).to(tl.int64)[:, None] * d + depth[None, :]
+    place = tl.arange(0, BUCKETS * MEMBERS)
+    column_bucket = bucket + place % BUCKETS
+    first = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    second = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    third = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    for start in range(0, n_members, MEMBERS):
+        member = start + place // BUCKETS
+        latent = member * n_buckets + column_bucket
+        real = (latent < n) & (column_bucket < n_buckets)
+        latent = tl.where(real, latent, 0)
+        weight_row = weight + latent.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+        score = tl.zeros([ROWS, BUCKETS * MEMBERS], tl.float32)
+        for step in range(0, d, DEPTH):
+            a = tl.load(x_row + step, mask=(depth < d - step)[None, :], other=0.0)
+            b = tl.load(weight_row + step, mask=(depth < d - step)[:, None], other=0.0)
+            score = tl.dot(a, b, score, input_precision=PRECISION)
+        if SCALED:
+            by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
+            score *= by_row[:, None] * tl.load(weight_scale + latent)[None, :]
+        if HAS_BIAS:
+            score += tl.maximum(tl.load(bias + latent).to(tl.float32), LOWEST)[None, :]
+        key = tl.where(real[None, :], _to_key(score, member[None, :], MEMBER_BITS), LOWEST)
+        cube = tl.reshape(key, [ROWS, MEMBERS, BUCKETS])
+        for turn in tl.static_range(KEEP):
+            top = tl.max(cube, axis=1)
+            if turn + 1 < KEEP:
+                cube = tl.where(cube == tl.expand_dims(top, 1), LOWEST, cube)
+            first, second, third = _insert(first, second, third, top, KEEP)
+    mine = bucket + tl.arange(0, BUCKETS)
+    wanted = (row < n_rows)[:, None] & (mine < n_buckets)[None, :]
+    _store_keys(keys, first, second, third, row, mine, wanted, n_buckets, KEEP)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "first_member", "n_members"])
+def _bucket_panel(
+    panel, panel_stride, bias, keys, n_rows, n, n_buckets, first_member, n_members,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, FRESH: tl.constexpr, ROWS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """Merge a panel of scores ``[n_rows, n_members · n_buckets]`` into the keys."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    bucket = tl.program_id(1) * BUCKETS + tl.arange(0, BUCKETS)
+    wanted = (row < n_rows)[:, None] & (bucket < n_buckets)[None, :]
+    old = keys + row.to(tl.int64)[:, None] * (n_buckets * KEEP) + bucket[None, :]
+    first = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    second = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    third = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
+    if not FRESH:
+        first = tl.load(old, mask=wanted, other=LOWEST)
+        if KEEP > 1:
+            second = tl.load(old + n_buckets, mask=wanted, other=LOWEST)
+        if KEEP > 2:
+            third = tl.load(old + 2 * n_buckets, mask=wanted, other=LOWEST)
+    source = panel + row.to(tl.int64)[:, None] * panel_stride + bucket[None, :]
+    for member in range(0, n_members):
+        latent = (first_member + member) * n_buckets + bucket
+        real = wanted & (latent < n)[None, :]
+        score = tl.load(source + member * n_buckets, mask=real, other=0.0).to(tl.float32)
+        score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST)  # float16 overflows
+        if HAS_BIAS:
+            score += tl.maximum(tl.load(bias + latent, mask=latent < n, other=0.0).to(tl.float32), LOWEST)[None, :]
+        key = tl.where(real, _to_key(score, first_member + member, MEMBER_BITS), LOWEST)
+        first, second, third = _insert(first, second, third, key, KEEP)
+    _store_keys(keys, first, second, third, row, bucket, wanted, n_buckets, KEEP)
+
+
+# Selection
+
+
+@triton.jit
+def _sortable(value):
+    """The bits of a float32 as an unsigned number in the same order."""
+    bits = value.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | (-2147483648))).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _from_sortable(number):
+    bits = number.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | (-2147483648))).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["k", "n", "n_buckets", "n_members", "room"])
+def _select(
+    keys, slack, candidates, scores, count, k, n, n_buckets, n_members, room, relative,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Candidates of one token, and how many they are (more than `room`: too many to be kept)."""
+    row = tl.program_id(0).to(tl.int64)
+    bucket = tl.arange(0, BLOCK)
+    inside = bucket < n_buckets
+    source = keys + row * (n_buckets * KEEP) + bucket
+    low: tl.constexpr = (1 << MEMBER_BITS) - 1
+    first = tl.load(source, mask=inside, other=LOWEST)
+    a = _sortable(first)
+    if KEEP > 1:
+        second = tl.load(source + n_buckets, mask=inside, other=LOWEST)
+        b = _sortable(second)
+    if KEEP > 2:
+        third = tl.load(source + 2 * n_buckets, mask=inside, other=LOWEST)
+        c = _sortable(third)
+    # The k-th largest key, bit by bit from the highest. Its lowest bits stay zero: the least score it can stand for.
+    kth = tl.zeros([], tl.uint32)
+    for bit in tl.static_range(31, MEMBER_BITS - 1, -1):
+        trial = kth | (1 << bit)
+        reached = (a >= trial).to(tl.int32)
+        if KEEP > 1:
+            reached += (b >= trial).to(tl.int32)
+        if KEEP > 2:
+            reached += (c >= trial).to(tl.int32)
+        kth = tl.where(tl.sum(reached, axis=0) >= k, trial, kth)
+    least = tl.maximum(_from_sortable(kth), LOWEST)
+    needed = tl.maximum(least - relative * tl.abs(least) - 2.0 * tl.load(slack + row), LOWEST)
+    threshold = _sortable(needed) & (4294967295 - low)
+
+    # A bucket whose last key is a candidate may hide more candidates: all its members become some.
+    last = a
+    if KEEP == 2:
+        last = b
+    if KEEP == 3:
+        last = c
+    hiding = inside & (last >= threshold) & HIDES
+    total = tl.zeros([], tl.int32)
+    for turn in tl.static_range(KEEP):
+        key, number = first, a
+        if turn == 1:
+            key, number = second, b
+        if turn == 2:
+            key, number = third, c
+        taken = inside & (number >= threshold) & (key > LOWEST) & (hiding == 0)
+        place = total + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        member = key.to(tl.int32, bitcast=True) & low
+        out = row * room + place
+        latent = member * n_buckets + bucket
+        # A NaN among the scores has arbitrary bits, which must not become an address.
+        tl.store(candidates + out, tl.where(latent < n, latent, -1), mask=taken & (place < room))
+        tl.store(scores + out, key, mask=taken & (place < room))
+        total += tl.sum(taken.to(tl.int32), axis=0)
+    n_hiding = tl.sum(hiding.to(tl.int32), axis=0)
+    if n_hiding > 0:
+        place = total + (tl.cumsum(hiding.to(tl.int32), axis=0) - 1) * n_members
+        if n_hiding * n_members <= room:
+            for opened in range(0, n_members):
+                hidden = opened * n_buckets + bucket
+                fits = hiding & (place + opened < room)
+                tl.store(candidates + row * room + place + opened, tl.where(hidden < n, hidden, -1), mask=fits)
+                tl.store(scores + row * room + place + opened, float("nan"), mask=fits)
+    tl.store(count + row, total + n_hiding * n_members)
+
+
+@triton.jit(do_not_specialize=["room"])
+def _rescore(
+    x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room,
+    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Exact pre-activations of the candidates of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(count + row)
+    first = tl.program_id(1) * CANDIDATES
+    if (n <= room) & (first < n):
+        place = first + tl.arange(0, CANDIDATES)
+        latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
+        score = dot_rows(x, x_stride, weight, weight_stride, bias, row, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
+        score = tl.where(latent >= 0, score, float("-inf"))
+        if CHECK:
+            # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
+            screened = tl.load(scores + row * room + place, mask=place < n, other=float("nan"))
+            wrong = (tl.abs(score - screened) > 0.5 * tl.load(slack + row)) & (place < n)
+            if tl.sum(wrong.to(tl.int32), axis=0) > 0:
+                tl.store(count + row, NO_LATENT)
+        tl.store(scores + row * room + place, score, mask=place < n)
+
+
+@triton.jit
+def dot_rows(
+    x, x_stride, weight, weight_stride, bias, row, latent, d,
+    HAS_BIAS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 pre-activations of one token, the same bits for equal rows of the weight wherever they stand."""
+    index = tl.maximum(latent, 0).to(tl.int64)
+    total = tl.zeros([CANDIDATES, BLOCK], tl.float32)
+    for step in range(0, d, BLOCK):
+        column = step + tl.arange(0, BLOCK)
+        wanted = (latent >= 0)[:, None] & (column < d)[None, :]
+        a = tl.load(weight + index[:, None] * weight_stride + column[None, :], mask=wanted, other=0.0)
+        b = tl.load(x + row * x_stride + column, mask=column < d, other=0.0)
+        total += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    score = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        score += tl.load(bias + index, mask=latent >= 0, other=0.0).to(tl.float32)
+    return score
+
+
+@triton.jit(do_not_specialize=["n_rows", "n", "room", "share"])
+def _repair(
+    x, x_stride, weight, weight_stride, bias, candidates, scores, count, repaired, n_rows, n, d, room, share,
+    HAS_BIAS: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The TOP best of a share of all latents, for the tokens with too many candidates; mostly there are none."""
+    part = tl.program_id(1)
+    for start in range(tl.program_id(0) * TOKENS, n_rows, tl.num_programs(0) * TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        over = tl.load(count + tokens, mask=tokens < n_rows, other=0) > room
+        waiting = tl.sum(over.to(tl.int32), axis=0)
+        done = -1
+        while waiting > 0:
+            done = tl.min(tl.where(over & (tokens > done), tokens, NO_LATENT), axis=0)
+            row = done.to(tl.int64)
+            # Score above, latent below: one comparison orders by score and sends ties to the lower latent.
+            best = tl.full([TOP], NOTHING, tl.int64)
+            for latent in range(part * share, tl.minimum((part + 1) * share, n), TOP):
+                index = latent + tl.arange(0, TOP)
+                index = tl.where((index < (part + 1) * share) & (index < n), index, -1)
+                score = dot_rows(x, x_stride, weight, weight_stride, bias, row, index, d, HAS_BIAS, TOP, BLOCK)
+                new = tl.where(index >= 0, _pack(score, index), NOTHING)
+                if tl.max(new, axis=0) > tl.min(best, axis=0):
+                    # Falling beside rising: the larger of each pair are the larger half of both.
+                    best = tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
+            real = best != NOTHING
+            place = row * room + part * TOP + tl.arange(0, TOP)
+            found = (best & NO_LATENT).to(tl.int32) ^ NO_LATENT
+            score = _from_sortable(((best >> 32) + 2147483648).to(tl.uint32))
+            tl.store(candidates + place, tl.where(real, found, -1))
+            tl.store(scores + place, tl.where(real, score, float("-inf")))
+            if part == 0:
+                tl.store(repaired + row, 1)
+            waiting -= 1
+
+
+@triton.jit
+def _pack(score, latent):
+    number = _sortable(score).to(tl.int64) - 2147483648
+    return (number << 32) | (latent ^ NO_LATENT).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["k", "room"])
+def _take(
+    candidates, scores, count, repaired, values, indices, k, room, filled, TOP: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    """The k best candidates of one token, in order."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, ROOM)
+    n = tl.where(tl.load(repaired + row) != 0, filled, tl.load(count + row))
+    latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
+    score = tl.load(scores + row * room + place, mask=place < n, other=float("-inf"))
+    packed = tl.where(latent >= 0, _pack(score, latent), NOTHING)
+    # The k-th largest, bit by bit; numbers are distinct, so k of them reach it.
+    zero = tl.zeros([], tl.int64)
+    kth = tl.where(tl.sum((packed >= zero).to(tl.int32), axis=0) >= k, zero, zero + NOTHING)
+    for bit in range(0, 63):
+        trial = kth + ((zero + 1) << (62 - bit))
+        kth = tl.where(tl.sum((packed >= trial).to(tl.int32), axis=0) >= k, trial, kth)
+    taken = (packed >= kth) & (latent >= 0)
+    slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+    taken = taken & (slot < k)
+    tl.store(candidates + row * room + slot, latent, mask=taken)
+    tl.store(scores + row * room + slot, score, mask=taken)
+    tl.debug_barrier()
+    mine = tl.arange(0, TOP)
+    found = tl.sum(taken.to(tl.int32), axis=0)
+    latent = tl.load(candidates + row * room + mine, mask=mine < found, other=0)
+    score = tl.load(scores + row * room + mine, mask=mine < found, other=float("-inf"))
+    packed = tl.sort(tl.where(mine < found, _pack(score, latent), NOTHING), descending=True)
+    real = packed != NOTHING
+    score = tl.where(real, _from_sortable(((packed >> 32) + 2147483648).to(tl.uint32)), 0.0)
+    latent = tl.where(real, (packed & NO_LATENT).to(tl.int32) ^ NO_LATENT, 0)
+    out = row * k + mine
+    tl.store(values + out, tl.maximum(score, 0.0).to(values.dtype.element_ty), mask=mine < k)
+    tl.store(indices + out, latent, mask=mine < k)
+
+
+class EncodeStats(NamedTuple):
+    """What one call of :func:`topk_encode` did. The tensors are on the device: reading them waits for it.
+
+    Attributes
+    ----------
+    rows : int
+        Rows encoded.
+    rescored : Tensor []
+        Latents, over all rows, whose scores were computed again in float32, the repaired rows apart.
+    repaired : Tensor []
+        Rows that were computed in full, for want of a certificate.
+    """
+
+    rows: int
+    rescored: Tensor
+    repaired: Tensor
+
+
+class Screened(NamedTuple):
+    """Operands of the screen, and how far its scores can be from the exact ones: ``slack + relative / 4 · |score|``."""
+
+    x: Cast
+    weight: Cast
+    slack: Tensor
+    relative: float
+
+
+_last: list[tuple[Tensor, Tensor, int]] = []  # counts, flags of repair and room, of the chunks of the last call
+
+
+def last_encode() -> EncodeStats | None:
+    """What the last screened call in this process did."""
+    if not _last:
+        return None
+    kept = [torch.where(flags != 0, 0, count).sum() for count, flags, _ in _last]
+    repaired = [(flags != 0).sum() for _, flags, _ in _last]
+    rows = sum(count.shape[0] for count, _, _ in _last)
+    return EncodeStats(rows, torch.stack(kept).sum(), torch.stack(repaired).sum())
+
+
+def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.topk_encode`."""
+    rows, (n, d) = x.shape[0], weight.shape
+    copy = current_copy(weight)
+    plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=copy is not None)
+    if plan is None:
+        return reference.topk_encode(x, weight, bias, k, "none")
+    x = x.contiguous()
+    weight = weight if weight.stride(1) == 1 or d == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    screened = screen_operands(x, weight, bias, plan, copy)
+    values, indices = x.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int32, device=x.device)
+    _last.clear()
+    for part in chunks(rows, 4 * plan.n_buckets * plan.keep + 8 * plan.room):
+        keys = screen_keys(screened, part, bias, plan)
+        _finish(keys, x[part], weight, bias, k, screened, part, plan, values[part], indices[part])
+    return values, indices
+
+
+def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Even slices of `rows` rows that need at most :data:`WORKSPACE_BYTES`."""
+    step = -(-rows // -(-rows * row_bytes // WORKSPACE_BYTES))
+    for top in range(0, rows, step):
+        yield slice(top, min(top + step, rows))
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the device of `tensor`; that of an H100 where it is on none."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def current_copy(weight: Tensor) -> Quantized | None:
+    """The copy of this weight that somebody keeps current."""
+    copy = _quantized.get(weight.data_ptr())
+    return copy if copy is not None and copy.is_current(weight) else None
+
+
+def screen_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: EncodePlan, copy: Quantized | None
+) -> Screened:
+    """Both operands in the precision of the screen, with the bound on its errors."""
+    if plan.operand == x.dtype:
+        x_cast, weight_cast = _as_it_is(x), _as_it_is(weight)
+    elif copy is not None and plan.operand == copy.cast.rows.dtype:
+        x_cast, weight_cast = cast_rows(x, plan.operand), copy.cast
+    else:
+        x_cast, weight_cast = cast_rows(x, plan.operand), cast_rows(weight, plan.operand)
+        copy = None
+    slack = _slack(x_cast, weight_cast, bias, plan)
+    if copy is not None and plan.operand == copy.cast.rows.dtype:
+        slack = torch.where(copy.unchanged(weight), slack, math.inf)
+    return Screened(x_cast, weight_cast, slack, 4 * plan.panel_rounding)
+
+
+def _as_it_is(rows: Tensor) -> Cast:
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return Cast(rows, None, norm, torch.zeros_like(norm))
+
+
+def _slack(x: Cast, weight: Cast, bias: Tensor | None, plan: EncodePlan) -> Tensor:
+    """How far a score of the screen can be from the exact one, ``[B]``.
+
+    The largest norms over all latents stand for each latent's own. For fp8 the product of norms, forty times the usual
+    error, would make everything a candidate. It is divided by √d there and multiplied by 8: eight standard deviations
+    if the roundings of different dimensions have independent signs. And an error found in rescoring that is above half
+    of that has the token repaired.
+    """
+    d = x.rows.shape[1]
+    weight_norm, weight_error = weight.norm.amax(), weight.error.amax()
+    x_error = x.error
+    if plan.precision == "tf32":  # the tensor cores drop what does not fit into 10 bits
+        weight_error, x_error = weight_error + weight_norm * 2.0**-10, x_error + x.norm * 2.0**-10
+    rounding = weight_error * (x.norm + x_error) + weight_norm * x_error
+    if plan.statistical:
+        rounding = rounding * (8 / math.sqrt(d))
+    # Sums of d terms in the tensor cores' order here and in another there, and of the bias.
+    rounding = rounding + weight_norm * x.norm * (d * 2.0**-22)
+    if bias is not None:
+        largest = torch.where(bias.isfinite(), bias, 0).abs().amax().float()
+        rounding = rounding + largest * 2.0**-21
+    return 1.01 * rounding
+
+
+def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: EncodePlan) -> Tensor:
+    """Keys ``[rows, keep, n_buckets]`` of some tokens."""
+    x, w = screened.x.rows[part], screened.weight.rows
+    rows, (n, d) = x.shape[0], w.shape
+    keys = torch.empty(rows, plan.keep, plan.n_buckets, dtype=torch.float32, device=x.device)
+    shared: dict[str, Any] = {"KEEP": plan.keep, "MEMBER_BITS": plan.member_bits, "HAS_BIAS": bias is not None}
+    if plan.tile is not None:
+        tile = plan.tile
+        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(plan.n_buckets, tile.buckets),)
+        launch(
+            _screen,
+            grid,
+            x,
+            None if screened.x.scale is None else screened.x.scale[part],
+            w,
+            w.stride(0),
+            screened.weight.scale,
+            bias,
+            keys,
+            rows,
+            n,
+            d,
+            plan.n_buckets,
+            plan.n_members,
+            **shared,
+            SCALED=screened.weight.scale is not None,
+            PRECISION=plan.precision,
+            ROWS=tile.rows,
+            BUCKETS=tile.buckets,
+            MEMBERS=tile.members,
+            DEPTH=tile.depth,
+            GROUP=8,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return keys
+    members = max(1, min(plan.n_members, PANEL_BYTES // (rows * plan.n_buckets * x.element_size())))
+    for first in range(0, plan.n_members, members):
+        latents = w[first * plan.n_buckets : (first + members) * plan.n_buckets]
+        panel = x @ latents.T
+        merge_panel(keys, panel, bias, n, plan, first, min(members, plan.n_members - first))
+    return keys
+
+
+def lowest_scores(keys: Tensor, plan: EncodePlan) -> Tensor:
+    """The least score that each key can stand for."""
+    bits = keys.view(torch.int32)
+    low = (1 << plan.member_bits) - 1
+    return torch.where(bits >= 0, bits & ~low, bits | low).view(torch.float32)
+
+
+def merge_panel(
+    keys: Tensor, panel: Tensor, bias: Tensor | None, n: int, plan: EncodePlan, first: int, members: int
+) -> None:
+    """Merge the scores of `members` members of all buckets, from member `first` on, into the keys."""
+    rows, buckets = 4, min(256, triton.next_power_of_2(plan.n_buckets))
+    grid = (triton.cdiv(keys.shape[0], rows), triton.cdiv(plan.n_buckets, buckets))
+    arguments = (panel, panel.stride(0), bias, keys, keys.shape[0], n, plan.n_buckets, first, members)
+    constants = {"KEEP": plan.keep, "MEMBER_BITS": plan.member_bits, "HAS_BIAS": bias is not None, "FRESH": first == 0}
+    launch(_bucket_panel, grid, *arguments, **constants, ROWS=rows, BUCKETS=buckets)
+
+
+def _finish(
+    keys: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    screened: Screened,
+    part: slice,
+    plan: EncodePlan,
+    values: Tensor,
+    indices: Tensor,
+) -> None:
+    """From keys to codes: select, rescore, repair, take."""
+    rows, (n, d) = x.shape[0], weight.shape
+    room, slack = plan.room, screened.slack[part]
+    candidates = torch.empty(rows, room, dtype=torch.int32, device=x.device)
+    scores = torch.empty(rows, room, dtype=torch.float32, device=x.device)
+    count = torch.empty(rows, dtype=torch.int32, device=x.device)
+    repaired = torch.zeros(rows, dtype=torch.int32, device=x.device)
+    block = triton.next_power_of_2(plan.n_buckets)
+    launch(
+        _select,
+        (rows,),
+        keys,
+        slack,
+        candidates,
+        scores,
+        count,
+        k,
+        n,
+        plan.n_buckets,
+        plan.n_members,
+        room,
+        screened.relative,
+        KEEP=plan.keep,
+        MEMBER_BITS=plan.member_bits,
+        HIDES=plan.n_members > plan.keep,
+        BLOCK=block,
+        num_warps=4 if block <= 4096 else 8,
+    )
+    row_of_weight = (x, x.stride(0), weight, weight.stride(0), bias)
+    some = 16
+    launch(
+        _rescore,
+        (rows, triton.cdiv(room, some)),
+        *row_of_weight,
+        candidates,
+        scores,
+        count,
+        slack,
+        d,
+        room,
+        HAS_BIAS=bias is not None,
+        CHECK=plan.statistical,
+        CANDIDATES=some,
+        BLOCK=min(256, max(16, triton.next_power_of_2(d))),
+    )
+    top = max(16, triton.next_power_of_2(k))
+    parts = room // top
+    launch(
+        _repair,
+        (64, parts),
+        *row_of_weight,
+        candidates,
+        scores,
+        count,
+        repaired,
+        rows,
+        n,
+        d,
+        room,
+        triton.cdiv(n, parts),
+        HAS_BIAS=bias is not None,
+        TOP=top,
+        TOKENS=128,
+        BLOCK=max(16, min(128, 8192 // top)),
+        num_warps=8,
+    )
+    launch(
+        _take,
+        (rows,),
+        candidates,
+        scores,
+        count,
+        repaired,
+        values,
+        indices,
+        k,
+        room,
+        parts * top,
+        TOP=top,
+        ROOM=room,
+        num_warps=1 if room <= 512 else 4,
+    )
+    _last.append((count, repaired, room))

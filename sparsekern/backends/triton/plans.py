@@ -1,0 +1,160 @@
+"""How a call is run: which path, how many buckets, which tiles.
+
+:data:`TILES` is the table of measured tiles; shapes that are not in it get the heuristic's. Both hold only what was
+compiled within bounds for every architecture they name (see ``docs/kernels.md``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+SCREEN_DTYPE = torch.bfloat16
+"""Of the screen for float32 weights: half the bytes and twice the rate of tf32, and the range of float32."""
+
+MOST_KEYS = 4096 * 3
+"""Keys of a token that one program holds in registers."""
+
+MOST_TOP = 2048
+"""The largest k: that many scores are sorted by one program."""
+
+
+class Tile(NamedTuple):
+    """Shape of a program of the fused screen: ``rows × (buckets · members)`` scores, `depth` of the width at a time."""
+
+    rows: int
+    buckets: int
+    members: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class EncodePlan(NamedTuple):
+    """How one call of ``topk_encode`` is run.
+
+    Attributes
+    ----------
+    operand : torch.dtype
+        Of the screen.
+    precision : {"ieee", "tf32"}
+        Of float32 operands.
+    n_buckets, n_members, keep : int
+        Latent i is member ``i // n_buckets`` of bucket ``i % n_buckets``; `keep` keys of each bucket.
+    room : int
+        Candidates of a token, at most; a power of two.
+    tile : Tile or None
+        Of the fused screen; None for the chunked one.
+    panel_rounding : float
+        Relative rounding of the chunked screen's scores.
+    statistical : bool
+        Whether the bound on the screen's errors is an estimate.
+    """
+
+    operand: torch.dtype
+    precision: str
+    n_buckets: int
+    n_members: int
+    keep: int
+    room: int
+    tile: Tile | None
+    panel_rounding: float
+    statistical: bool
+
+    @property
+    def member_bits(self) -> int:
+        """Bits of a key that hold the number of the member."""
+        return (self.n_members - 1).bit_length()
+
+
+TILES: dict[tuple[int, int], Tile] = {
+    # (9 for data-centre cards with 227 KiB of shared memory a block, else 8; bytes of an operand).
+    # Not measured yet: chosen by registers and shared memory, of which cards like sm_86 and sm_89 have 99 KiB.
+    (8, 2): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=4),
+    (8, 4): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=3),
+    (8, 1): Tile(rows=128, buckets=8, members=16, depth=64, warps=8, stages=3),
+    (9, 2): Tile(rows=128, buckets=8, members=32, depth=64, warps=8, stages=4),
+    (9, 4): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=4),
+    (9, 1): Tile(rows=128, buckets=8, members=32, depth=128, warps=8, stages=3),
+}
+
+FUSED_UP_TO = 2048
+"""Widest input for which the fused screen is the default. Its matmul is slower than the library's, which costs in
+proportion to the width; what it saves, writing and reading the scores, does not depend on it. Not measured yet."""
+
+_SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11}
+
+
+def encode_plan(
+    rows: int,
+    d: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    screen: str,
+    capability: tuple[int, int],
+    *,
+    has_copy: bool,
+    path: str = "auto",
+) -> EncodePlan | None:
+    """The plan of a call; None where the reference is to serve it.
+
+    ``SPARSEKERN_TRITON_ENCODE=fused|chunked`` decides where `path` does not.
+    """
+    buckets = _buckets(n, k)
+    if buckets is None:
+        return None
+    n_buckets, keep, room = buckets
+    operand, precision = _operand(rows, dtype, screen, has_copy)
+    fused = screen != "none" and d <= FUSED_UP_TO
+    path = path if path != "auto" else os.environ.get("SPARSEKERN_TRITON_ENCODE", "auto")
+    if path not in ("auto", "fused", "chunked"):
+        raise ValueError(f"SPARSEKERN_TRITON_ENCODE={path!r}: must be auto, fused or chunked")
+    if path != "auto":
+        fused = path == "fused"
+    fused = fused or operand == torch.float8_e4m3fn
+    tile = None
+    if fused:
+        tile = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize]
+        tile = tile._replace(rows=max(16, min(tile.rows, 1 << (rows - 1).bit_length())))
+    elif precision == "tf32" and not torch.backends.cuda.matmul.allow_tf32:
+        precision = "ieee"
+    panel = 0.0 if fused or operand == torch.float32 else 2.0 ** -_SIGNIFICANT_BITS[operand]
+    statistical = operand == torch.float8_e4m3fn
+    return EncodePlan(operand, precision, n_buckets, -(-n // n_buckets), keep, room, tile, panel, statistical)
+
+
+def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tuple[torch.dtype, str]:
+    if screen == "fp8":
+        return torch.float8_e4m3fn, "ieee"
+    if screen == "none" or dtype != torch.float32:
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return dtype, "tf32" if tf32 else "ieee"
+    # Rounding all weights costs six bytes each, which few tokens do not earn back: tf32 reads them as they are.
+    if screen == "bf16" or has_copy or rows >= 1024:
+        return SCREEN_DTYPE, "ieee"
+    return torch.float32, "tf32"
+
+
+def _buckets(n: int, k: int) -> tuple[int, int, int] | None:
+    """Number of buckets, keys of each, and room for candidates; None where k is too large for this."""
+    if k > MOST_TOP or n >= 2**31:
+        return None
+    top = max(16, 1 << (k - 1).bit_length())
+    if n <= MOST_KEYS:  # every latent its own bucket
+        return n, 1, max(4 * top, 64)
+    # Of twice k candidates in as many buckets, few share one; and no bucket should be long.
+    n_buckets = min(MOST_KEYS // 3, max(1024, 1 << (32 * k - 1).bit_length(), 1 << (n // 128 - 1).bit_length()))
+    keep, members = 3, -(-n // n_buckets)
+    room = 4 * top
+    while room < 4 * k + 2 * members:
+        room *= 2
+    # Buckets with `keep` candidates or more are opened whole.
+    crowd = 2 * k / n_buckets
+    opened = n_buckets * (1 - math.exp(-crowd) * (1 + crowd + crowd**2 / 2))
+    if opened * members > room / 2 or members > 2**12:
+        return None
+    return n_buckets, keep, room
