@@ -7,9 +7,16 @@ the shapes of :data:`CASES`, compiles each distinct launch for sm_80 and sm_90, 
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +26,7 @@ from torch import Tensor
 ARCHS = (80, 90)
 MOST_SPILLED = 0
 """Bytes of registers spilled to memory by a thread, at most."""
-MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+MOST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
 
@@ -105,8 +112,6 @@ def describe(launch: Any) -> Kernel:
 
 def compile_kernel(kernel: Kernel, arch: int) -> Any:
     """The compiled kernel, with its intermediate forms in ``asm``."""
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,3 +147,144 @@ def measure(kernel: Kernel, arch: int) -> Resources:
     cores = re.search(r"(wgmma\.mma_async|mma\.sync)\.\S+", compiled.asm["ptx"])
     name = "" if cores is None else cores.group(1).split(".")[0]
     return Resources(kernel, arch, int(found.group(1)), int(found.group(2)), compiled.metadata.shared, name)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+Shape = tuple[int, int, int, int]
+
+CASES: dict[str, Shape] = {
+    # B, d, N, k
+    "D": (8192, 768, 32768, 32),
+    "F": (8192, 768, 131072, 32),
+    "B": (8192, 768, 2**20, 32),
+    "G": (16384, 2304, 65536, 64),
+    "A": (8192, 4096, 131072, 64),
+    "E": (65536, 2048, 65536, 64),
+    "W": (4096, 768, 2**22, 32),
+    "small": (96, 50, 1000, 7),
+    "AuxK": (8192, 768, 8192, 384),
+}
+"""The shapes whose launches are compiled: those of the GPU benchmark, an odd small one, and one of AuxK."""
+
+
+def launches(shape: Shape) -> list[Any]:
+    """Every launch of one training step at `shape`, and of the other ways to encode."""
+    from sparsekern.backends import triton
+    from sparsekern.backends.triton import _launch, csr_encode, encode, plans
+    from sparsekern.factors import OuterProducts
+
+    rows, d, n, k = shape
+    with _launch.recording() as found:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            values, indices = _empty(rows, k, dtype=dtype), _empty(rows, k, dtype=torch.int32)
+            for path in ("fused", "chunked"):
+                for screen in ("auto", "none"):
+                    with forced_path(path):
+                        triton.topk_encode(x, weight, bias, k, screen)
+            triton.topk_encode(x, weight, None, k, "auto")
+            triton.topk_encode(x[:512], weight, bias, k, "auto")
+            triton.topk_encode(x, weight, bias, k, "fp8")
+            triton.sparse_decode(values, indices, weight, x[0])
+            triton.sparse_decode(values, indices, weight, None)
+            triton.gather_dot(x, indices, weight)
+            triton.scatter_outer(values, indices, x, n)
+            triton.scatter_outer(values, indices, x[:, :1], n)
+            triton.weighted_row_sum(bias, weight)
+            crow, col = _empty(rows + 1, dtype=torch.int64), _empty(rows * k, dtype=torch.int32)
+            triton.csr_decode(values.flatten(), crow, col, weight, None)
+            triton.csr_gather_dot(x, crow, col, weight)
+            triton.csr_scatter_outer(values.flatten(), crow, col, x, n)
+            plan = plans.encode_plan(rows, d, n, k, dtype, "auto", (9, 0), has_copy=False, path="chunked")
+            if plan is not None:
+                screened = encode.screen_operands(x, weight, bias, plan, None)
+                for threshold in (_empty(n), _empty()):
+                    csr_encode.mark(x[:256], weight, bias, threshold, screened, slice(0, 256))
+                csr_encode.entries(_empty(rows, -(-n // 32), dtype=torch.int32), crow, col)
+        weight, grad = _empty(n, d), _empty(rows, d)
+        part = OuterProducts(_empty(rows, k), _empty(rows, k, dtype=torch.int32), grad)
+        for parts in ([part], [part, part]):
+            factors = triton.SortedFactors(parts, n)
+            clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
+            for unit_rows, copy in ((True, None), (False, encode.Quantized(weight))):
+                state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
+                options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
+                triton.row_adam(factors, weight, unit_rows, state, **options, finite=_empty(dtype=torch.bool))
+    return found
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Within this context ``topk_encode`` takes this path."""
+    before = os.environ.get("SPARSEKERN_TRITON_ENCODE")
+    os.environ["SPARSEKERN_TRITON_ENCODE"] = path
+    try:
+        yield
+    finally:
+        os.environ.pop("SPARSEKERN_TRITON_ENCODE")
+        if before is not None:
+            os.environ["SPARSEKERN_TRITON_ENCODE"] = before
+
+
+def kernels(cases: Sequence[str]) -> dict[Kernel, list[str]]:
+    """The distinct kernels of some cases, with the cases that launch them."""
+    found: dict[Kernel, list[str]] = {}
+    for case in cases:
+        for kernel in dict.fromkeys(describe(launch) for launch in launches(CASES[case])):
+            found.setdefault(kernel, []).append(case)
+    return found
+
+
+def architectures(kernel: Kernel) -> tuple[int, ...]:
+    """Those that a kernel is for: fp8 products need sm_89."""
+    return (89, 90) if "*fp8e4nv" in kernel.types else ARCHS
+
+
+def _job(job: tuple[Kernel, int]) -> Resources:
+    return measure(*job)
+
+
+def table(measured: Sequence[Resources], cases: dict[Kernel, list[str]]) -> str:
+    """Markdown: for each kernel and architecture the largest registers, spills and shared memory over its variants."""
+    lines = [
+        "| kernel | sm | variants | registers | spilled | shared memory | tensor cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, int], list[Resources]] = {}
+    for one in measured:
+        groups.setdefault((one.kernel.name, one.arch), []).append(one)
+    for (name, arch), ones in sorted(groups.items()):
+        cores = ", ".join(sorted({one.tensor_cores for one in ones} - {""}))
+        registers, spilled, shared = (
+            max(getattr(one, what) for one in ones) for what in ("registers", "spilled", "shared")
+        )
+        lines.append(f"| `{name}` | {arch} | {len(ones)} | {registers} | {spilled} | {shared:,} | {cores} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m sparsekern.bench.resources", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="shapes to compile for; default all"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 keeps Triton from compiling; unset it")
+    found = kernels(options.cases)
+    jobs = [(kernel, arch) for kernel in found for arch in architectures(kernel)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        measured = list(pool.map(_job, jobs))
+    print(table(measured, found))
+    broken = [(one, problem) for one in measured for problem in one.problems()]
+    for one, problem in broken:
+        print(f"{one.kernel.name} on sm_{one.arch} {problem}: {one.kernel}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,47 +114,58 @@ def _plan(x: Tensor, weight: Tensor, k: int, screen: str) -> EncodePlan | None:
     return encode_plan(*shape, x.dtype, screen, topk.capability(x), has_copy=copy, path="chunked")
 
 
+def mark(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, screened: topk.Screened, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Bits ``[rows, N / 32]`` of what could be above the threshold in the rows `part`, and their number in each row."""
+    operand, weights, n = screened.x.rows[part], screened.weight.rows, weight.shape[0]
+    rows, words = operand.shape[0], triton.cdiv(n, 32)
+    marks = torch.empty(rows, words, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(rows, dtype=torch.int32, device=x.device)
+    width = max(256, topk.PANEL_BYTES // (rows * operand.element_size()) // 256 * 256)
+    for first in range(0, n, width):
+        panel = operand @ weights[first : first + width].T
+        launch(
+            _mark,
+            (triton.cdiv(rows, 4),),
+            panel,
+            panel.stride(0),
+            bias,
+            threshold,
+            screened.slack[part],
+            marks,
+            counts,
+            rows,
+            n,
+            first,
+            panel.shape[1],
+            words,
+            screened.relative,
+            HAS_BIAS=bias is not None,
+            PER_LATENT=threshold.dim() == 1,
+            ROWS=4,
+            WORDS=8,
+        )
+    return marks, counts
+
+
+def entries(marks: Tensor, crow: Tensor, col: Tensor) -> None:
+    """Write the marked latents of every row to `col`, in order."""
+    launch(_list, (marks.shape[0],), marks, crow, col, marks.shape[1], WORDS=32)
+
+
 def _above(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, screened: topk.Screened
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All entries that could be above the threshold, with their exact scores: ``crow``, ``col``, scores."""
-    n = weight.shape[0]
-    words = triton.cdiv(n, 32)
     found = []
-    for part in topk.chunks(x.shape[0], 4 * words):
-        rows = x[part]
-        marks = torch.empty(rows.shape[0], words, dtype=torch.int32, device=x.device)
-        counts = torch.zeros(rows.shape[0], dtype=torch.int32, device=x.device)
-        operand, weights = screened.x.rows[part], screened.weight.rows
-        width = max(256, topk.PANEL_BYTES // (rows.shape[0] * operand.element_size()) // 256 * 256)
-        for first in range(0, n, width):
-            panel = operand @ weights[first : first + width].T
-            launch(
-                _mark,
-                (triton.cdiv(rows.shape[0], 4),),
-                panel,
-                panel.stride(0),
-                bias,
-                threshold,
-                screened.slack[part],
-                marks,
-                counts,
-                rows.shape[0],
-                n,
-                first,
-                panel.shape[1],
-                words,
-                screened.relative,
-                HAS_BIAS=bias is not None,
-                PER_LATENT=threshold.dim() == 1,
-                ROWS=4,
-                WORDS=8,
-            )
-        crow = torch.zeros(rows.shape[0] + 1, dtype=torch.int64, device=x.device)
+    for part in topk.chunks(x.shape[0], weight.shape[0] // 8 + 4):
+        marks, counts = mark(x, weight, bias, threshold, screened, part)
+        crow = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=x.device)
         torch.cumsum(counts, 0, out=crow[1:])
         col = torch.empty(int(crow[-1]), dtype=torch.int32, device=x.device)
-        launch(_list, (rows.shape[0],), marks, crow, col, words, WORDS=32)
-        score = csr_gather_dot(rows.float(), crow, col, weight)
+        entries(marks, crow, col)
+        score = csr_gather_dot(x[part].float(), crow, col, weight)
         found.append((crow, col, score if bias is None else score + bias[col].float()))
     starts = torch.tensor([0, *(len(col) for _, col, _ in found[:-1])], device=x.device).cumsum(0)
     crows = [found[0][0][:1], *(crow[1:] + start for (crow, _, _), start in zip(found, starts, strict=True))]
