@@ -183,8 +183,10 @@ class Bench:
         self.say(f"roofs: {', '.join(f'{n.split(chr(95))[0]} {r}' for n, r in zip(found, shown, strict=True))}")
         self.write()
         for piece in plan(self.options):
-            self.do(piece)
-            self.write()
+            try:
+                self.do(piece)
+            finally:  # an error of the device may end the run here
+                self.write()
         self.record["finished"] = True
         self.write()
         return self.record
@@ -253,8 +255,8 @@ class Bench:
         made = gpu_kernels.batches(case, self.device, options.seed)
         free = memory.available(self.device)
         trained = free is None or free > gpu_kernels.state_needs(case, trained=True)
-        subject = gpu_kernels.Subject.build(case, made, trained)
-        entry |= {"trained": trained, "touched": subject.touched()}
+        subject = gpu_kernels.Subject.build(case, made, trained, self.clock)
+        entry |= {"trained": trained, "first_step_s": subject.first_step_s, "touched": subject.touched()}
         for group in piece.what:
             reason = self.too_much("group", gpu_kernels.needs(case, group), options.most_seconds)
             if reason is None and group == "update" and not trained:
@@ -407,6 +409,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error(f"--output must end in .json, got {output}")
     if device.type == "cpu" and output is not None and output.name.startswith("gpu"):
         parser.error(f"a record of a CPU must not be named after a GPU, got {output.name}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda" and output is None:
         output = Path(f"bench/results/gpu_{slug(torch.cuda.get_device_name(device))}.json")
     return Options(

@@ -72,26 +72,28 @@ class Subject:
     """Weights to time on, and the batches that go around.
 
     They are trained for a few steps where the optimizer's state fits: then the copies that the optimizer keeps for the
-    encoder are there, and ``trainer`` is.
+    encoder are there, and ``trainer`` is. The first step compiles and checks most of the kernels.
     """
 
     case: Case
     batches: list[Tensor]
     sae: sk.SAE
     trainer: sk.Trainer | None
+    first_step_s: float | None = None
     _codes: list[SparseCodes] = field(default_factory=list)
 
     @classmethod
-    def build(cls, case: Case, made: list[Tensor], trained: bool) -> Subject:
-        """New weights on the device of the batches."""
-        device = made[0].device
+    def build(cls, case: Case, made: list[Tensor], trained: bool, clock: Clock) -> Subject:
+        """New weights on the clock's device."""
+        device = clock.device
         if not trained:
             with device:
                 return cls(case, made, sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0), None)
         contender = Sparsekern(case, 1e-4, device)
-        for number in range(WARM_UP_STEPS):
+        first = clock.seconds(lambda: contender.step(made[0]))
+        for number in range(1, WARM_UP_STEPS):
             contender.step(made[number % BATCHES])
-        return cls(case, made, contender.sae, contender.trainer)
+        return cls(case, made, contender.sae, contender.trainer, first)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:

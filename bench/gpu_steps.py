@@ -121,7 +121,7 @@ def waits(entrant: Entrant, device: torch.device) -> str | None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         entrant.step(0)
-    except RuntimeError as error:
+    except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
         return f"{one_line(error)} ({frames[-1].name}, {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})"
     finally:

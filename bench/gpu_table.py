@@ -144,8 +144,9 @@ def kernels(case: Record) -> Grid:
         "first, s",
         "samples",
     ]
-    trained = "" if case.get("trained", True) else ", weights as they start"
-    return Grid(f"kernels at {title(case)}: {heading(case)}{trained}", header, rows)
+    first = case.get("first_step_s")
+    start = ", weights as they start" if first is None else f", first step {first:.1f} s"
+    return Grid(f"kernels at {title(case)}: {heading(case)}{start}", header, rows)
 
 
 def steps(case: Record) -> Grid:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,7 @@ def test_the_rehearsal_runs_everything(rehearsal):
     assert {"date", "commit", "options", "backends", "seconds"} <= set(record)
     assert record["options"]["seed"] == 7
     assert record["roofs"]["copy_bytes_s"] > 0
+    assert record["cases"][0]["first_step_s"] > 0
     assert "tf32" in record["roofs"]["missing"]
 
     entries = record["checks"]["entries"]
@@ -201,7 +203,7 @@ def test_the_step_check_sees_a_learning_rate_that_is_off_by_a_thousandth(monkeyp
 
 def test_the_encode_paths_are_set_by_the_environment_for_the_call_alone(monkeypatch):
     seen = []
-    subject = gpu_kernels.Subject.build(TINY, gpu_kernels.batches(TINY, CPU, 0), trained=False)
+    subject = gpu_kernels.Subject.build(TINY, gpu_kernels.batches(TINY, CPU, 0), False, timing.Clock(CPU))
     subject.codes(0)
     monkeypatch.setattr(gpu_kernels, "choose", lambda *_: SimpleNamespace(__name__="sparsekern.backends.triton"))
     monkeypatch.setattr(sk, "topk_encode", lambda *_: seen.append(os.environ.get("SPARSEKERN_TRITON_ENCODE")))
@@ -216,7 +218,7 @@ def test_the_encode_paths_are_set_by_the_environment_for_the_call_alone(monkeypa
 def test_matmuls_go_in_even_blocks_of_rows_that_fit(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 4 * 2 * 512 * 25)
     assert gpu_kernels._block(TINY, CPU) == 22  # three blocks of 22, 22 and 20 rows, none above 25
-    subject = gpu_kernels.Subject.build(TINY, gpu_kernels.batches(TINY, CPU, 0), trained=False)
+    subject = gpu_kernels.Subject.build(TINY, gpu_kernels.batches(TINY, CPU, 0), False, timing.Clock(CPU))
     gpu_kernels.encode(subject)["matmul and torch.topk"].call(3)
 
 
@@ -404,6 +406,16 @@ def test_the_table_command_prints_and_draws(rehearsal, tmp_path, capsys):
     other.write_text("{}")
     with pytest.raises(SystemExit):
         gpu_table.main([str(other)])
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Made Up {device.index}")
+    options = gpu.parse(["--shapes", "F", "W"])
+    assert options.device == torch.device("cuda:1")
+    assert options.output == Path("bench/results/gpu_made_up_1.json")
+    assert options.shapes == {"F": gpu.SHAPES["F"], "W": gpu.SHAPES["W"]}
 
 
 def test_file_names_come_from_the_device():
