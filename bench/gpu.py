@@ -296,7 +296,7 @@ class Bench:
         )
         touched = entry.get("touched", min(piece.case.d_sae, piece.case.rows * piece.case.k))
         entry["step_floor_ms"] = roofs.step_floor_ms(piece.case, touched, self.record["roofs"])
-        entry["steps"] = measured | entry["steps"]
+        entry["steps"] |= {name: found for name, found in measured.items() if name not in entry["steps"]}
         entry["failed"] |= failed
         for name, found in measured.items():
             self.say(f"  {gpu_table.step_line(name, found)}")
