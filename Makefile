@@ -21,7 +21,7 @@ endif
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: train test lint bench clean sanitize sanitize-address sanitize-thread
+.PHONY: train test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
 
 train: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
@@ -62,6 +62,10 @@ build/native/address build/native/thread: build/native/%: $(NATIVE_SOURCES) Make
 # Against the peers, on made data, and on STORE where there is one.
 bench: $(VENV)/installed-bench
 	$(BIN)/sparsekern bench $(if $(wildcard $(STORE)/manifest.json),--activations $(STORE))
+
+# The whole of it on one CUDA GPU, in under ten minutes.
+bench-gpu: $(VENV)/installed-bench
+	$(BIN)/python -m sparsekern.bench.gpu
 
 clean:
 	rm -rf build dist *.egg-info sparsekern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """Whose training steps are timed: one class for each implementation, with the same few methods.
 
-A step is forward, backward, clipping, Adam and whatever the library does to its decoder, on a batch ``[B, d]``, in
-float32, without AuxK. Of a peer it is the peer's own code that runs, with the peer's own defaults; what is given is
-the shape and the learning rate.
+A step is forward, backward, clipping, Adam and whatever the library does to its decoder, on a batch ``[B, d]``, with
+weights in float32, without AuxK. Of a peer it is the peer's own code that runs, with the peer's own defaults; what is
+given is the shape, the learning rate, the device, and whether its matmuls may run in bfloat16.
 
 The docstring of a class says what its step is, and goes into the record.
 """
@@ -24,6 +24,17 @@ RUN_STEPS = 1_000_000  # what trainers with a schedule are told: it never ends h
 class Contender:
     """Weights and optimizer of one implementation.
 
+    Parameters
+    ----------
+    case : Case
+        The shape.
+    lr : float
+        Learning rate.
+    device
+        Where it trains.
+    dtype : torch.dtype
+        Of the matmuls: with bfloat16 they run under autocast, where the library leaves that to its user.
+
     Attributes
     ----------
     imports : tuple of str
@@ -39,8 +50,20 @@ class Contender:
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, case: Case, lr: float) -> None:
+    def __init__(
+        self, case: Case, lr: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.case, self.lr, self.device, self.dtype = case, lr, torch.device(device), dtype
+        with self.device:  # starting weights are drawn where they will be
+            self.build()
+
+    def build(self) -> None:
+        """Make ``module`` and ``optimizer``."""
         raise NotImplementedError
+
+    def autocast(self) -> torch.autocast:
+        """What a step's matmuls run under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def step(self, x: Tensor) -> Tensor:
         """One training step; returns the loss, which each library scales in its own way."""
@@ -61,9 +84,10 @@ class Sparsekern(Contender):
 
     distribution = "sparsekern"
 
-    def __init__(self, case: Case, lr: float) -> None:
+    def build(self) -> None:
+        case = self.case
         self.module = self.sae = sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0)
-        self.trainer = sk.Trainer(self.sae, lr=lr, warmup_steps=0)
+        self.trainer = sk.Trainer(self.sae, lr=self.lr, warmup_steps=0)
         self.optimizer = self.trainer.optimizer.torch
 
     def step(self, x: Tensor) -> Tensor:
@@ -76,17 +100,18 @@ class Sparsekern(Contender):
 class Torch(Contender):
     """The same step in plain PyTorch: dense matmul, ReLU, topk, scatter, dense matmul; clip 1.0, fused Adam."""
 
-    def __init__(self, case: Case, lr: float) -> None:
-        self.k = case.k
+    def build(self) -> None:
+        case = self.case
         rows = nn.functional.normalize(torch.randn(case.d_sae, case.d), dim=1)
         self.W_enc, self.b_enc = nn.Parameter(rows), nn.Parameter(torch.zeros(case.d_sae))
         self.W_dec, self.b_dec = nn.Parameter(rows.clone()), nn.Parameter(torch.zeros(case.d))
         self.module = nn.ParameterList([self.W_enc, self.b_enc, self.W_dec, self.b_dec])
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=self.lr, fused=True)
 
     def step(self, x: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(x)
+        with self.autocast():
+            loss = self.loss(x)
         loss.backward()
         self.project()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -99,7 +124,7 @@ class Torch(Contender):
 
     def loss(self, x: Tensor) -> Tensor:
         pre = nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc).relu()
-        top = pre.topk(self.k, dim=1)
+        top = pre.topk(self.case.k, dim=1)
         codes = torch.zeros_like(pre).scatter(1, top.indices, top.values)
         residual = x - (codes @ self.W_dec + self.b_dec)
         return residual.square().sum() / (x - x.mean(0)).square().sum()
@@ -120,26 +145,26 @@ class TorchCompile(Torch):
 
     imports = ("torch._dynamo", "torch._inductor.compile_fx")
 
-    def __init__(self, case: Case, lr: float) -> None:
-        super().__init__(case, lr)
+    def build(self) -> None:
+        super().build()
         for name in ("loss", "project", "normalize"):
             setattr(self, name, torch.compile(getattr(self, name)))
 
 
 class Sparsify(Contender):
     """``sparsify.SparseCoder`` in the order of sparsify's ``Trainer.fit``: unit norm, FVU, gradient projected,
-    ``torch.optim.Adam``; it clips nothing.
+    ``torch.optim.Adam``; it clips nothing. On a GPU its forward pass is in bfloat16 by its own choice.
     """
 
     imports = ("sparsify",)
     distribution = "eai-sparsify"
 
-    def __init__(self, case: Case, lr: float) -> None:
+    def build(self) -> None:
         from sparsify import SparseCoder, SparseCoderConfig
 
-        config = SparseCoderConfig(num_latents=case.d_sae, k=case.k)
-        self.module = self.coder = SparseCoder(case.d, config, dtype=torch.float32)
-        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=lr)
+        config = SparseCoderConfig(num_latents=self.case.d_sae, k=self.case.k)
+        self.module = self.coder = SparseCoder(self.case.d, config, self.device, torch.float32)
+        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=self.lr)
         self.fresh = True
 
     def step(self, x: Tensor) -> Tensor:
@@ -167,23 +192,29 @@ class Saelens(Contender):
     distribution = "sae-lens"
     sparse = False
 
-    def __init__(self, case: Case, lr: float) -> None:
+    def build(self) -> None:
         from sae_lens.config import SAETrainerConfig
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
+        case = self.case
         config = TopKTrainingSAEConfig(
             d_in=case.d,
             d_sae=case.d_sae,
             k=case.k,
-            device="cpu",
+            device=str(self.device),
             use_sparse_activations=self.sparse,
             aux_loss_coefficient=0.0,
             rescale_acts_by_decoder_norm=not self.sparse,
         )
         self.module = self.sae = TopKTrainingSAE(config)
         run = SAETrainerConfig(
-            total_training_samples=RUN_STEPS * case.rows, train_batch_size_samples=case.rows, lr=lr, lr_end=lr / 10
+            total_training_samples=RUN_STEPS * case.rows,
+            train_batch_size_samples=case.rows,
+            lr=self.lr,
+            lr_end=self.lr / 10,
+            device=str(self.device),
+            autocast=self.dtype == torch.bfloat16,
         )
         self.trainer: Any = SAETrainer(run, self.sae, data_provider=iter(()))
         self.optimizer = self.trainer.optimizer
@@ -213,26 +244,27 @@ class DictionaryLearning(Contender):
     imports = ("dictionary_learning", "dictionary_learning.trainers.top_k")
     distribution = "dictionary-learning"
 
-    def __init__(self, case: Case, lr: float) -> None:
+    def build(self) -> None:
         from dictionary_learning.trainers.top_k import TopKTrainer
 
         self.trainer: Any = TopKTrainer(
             steps=RUN_STEPS,
-            activation_dim=case.d,
-            dict_size=case.d_sae,
-            k=case.k,
+            activation_dim=self.case.d,
+            dict_size=self.case.d_sae,
+            k=self.case.k,
             layer=0,
             lm_name="none",
-            lr=lr,
+            lr=self.lr,
             auxk_alpha=0,
             warmup_steps=0,
-            device="cpu",
+            device=str(self.device),
         )
         self.module, self.optimizer = self.trainer.ae, self.trainer.optimizer
         self.steps_done = 0
 
     def step(self, x: Tensor) -> Tensor:
-        loss = self.trainer.update(self.steps_done, x)
+        with self.autocast():
+            loss = self.trainer.update(self.steps_done, x)
         self.steps_done += 1
         return torch.tensor(loss)
 
