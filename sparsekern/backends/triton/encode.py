@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends import reference
+from sparsekern.backends.triton import plans
 from sparsekern.backends.triton._launch import launch
 from sparsekern.backends.triton.plans import SCREEN_DTYPE, EncodePlan, encode_plan
 
@@ -546,8 +547,8 @@ def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the device of `tensor`; that of an H100 where it is on none."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+    """Compute capability of the device of `tensor`."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else plans.assumed_capability
 
 
 def current_copy(weight: Tensor) -> Quantized | None:
@@ -702,7 +703,7 @@ def _finish(
         MEMBER_BITS=plan.member_bits,
         HIDES=plan.n_members > plan.keep,
         BLOCK=block,
-        num_warps=4 if block <= 4096 else 8,
+        num_warps=4 if block <= 2048 else 8,
     )
     row_of_weight = (x, x.stride(0), weight, weight.stride(0), bias)
     some = 16
@@ -739,7 +740,7 @@ def _finish(
         HAS_BIAS=bias is not None,
         TOP=top,
         TOKENS=128,
-        BLOCK=max(16, min(128, 8192 // top)),
+        BLOCK=max(16, min(64, 4096 // top)),
         num_warps=8,
     )
     launch(

@@ -70,16 +70,22 @@ class EncodePlan(NamedTuple):
         return (self.n_members - 1).bit_length()
 
 
+assumed_capability = (9, 0)
+"""For tensors that are on no GPU: in the interpreter, and where kernels are compiled ahead of time."""
+
 TILES: dict[tuple[int, int], Tile] = {
     # (9 for data-centre cards with 227 KiB of shared memory a block, else 8; bytes of an operand).
     # Not measured yet: chosen by registers and shared memory, of which cards like sm_86 and sm_89 have 99 KiB.
     (8, 2): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=4),
     (8, 4): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=3),
-    (8, 1): Tile(rows=128, buckets=8, members=16, depth=64, warps=8, stages=3),
+    (8, 1): Tile(rows=64, buckets=8, members=16, depth=64, warps=8, stages=4),
     (9, 2): Tile(rows=128, buckets=8, members=32, depth=64, warps=8, stages=4),
     (9, 4): Tile(rows=128, buckets=8, members=16, depth=32, warps=8, stages=4),
     (9, 1): Tile(rows=128, buckets=8, members=32, depth=128, warps=8, stages=3),
 }
+
+UNALIGNED = Tile(rows=64, buckets=8, members=16, depth=32, warps=8, stages=2)
+"""For rows that do not begin at multiples of 16 bytes, which the tensor cores' operands go through registers for."""
 
 FUSED_UP_TO = 2048
 """Widest input for which the fused screen is the default. Its matmul is slower than the library's, which costs in
@@ -115,10 +121,14 @@ def encode_plan(
         raise ValueError(f"SPARSEKERN_TRITON_ENCODE={path!r}: must be auto, fused or chunked")
     if path != "auto":
         fused = path == "fused"
-    fused = fused or operand == torch.float8_e4m3fn
+    if operand == torch.float8_e4m3fn:
+        fused = True  # there is no other
+    elif precision == "ieee" and operand == torch.float32:
+        fused = False  # without tensor cores the library is far ahead
     tile = None
     if fused:
         tile = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize]
+        tile = tile if d * operand.itemsize % 16 == 0 else UNALIGNED
         tile = tile._replace(rows=max(16, min(tile.rows, 1 << (rows - 1).bit_length())))
     elif precision == "tf32" and not torch.backends.cuda.matmul.allow_tf32:
         precision = "ieee"
