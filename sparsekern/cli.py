@@ -7,6 +7,7 @@ validated in one place. A flag wins over the file.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import sys
 import types
@@ -317,7 +318,7 @@ def bench_command(options: BenchOptions) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show what would run here for each op, and why the other backends would not."""
+    """Show what would run here for each op, and why the other backends would not; check the GPU's kernels."""
     from sparsekern.backends import cpu
 
     for name, version in versions().items():
@@ -333,6 +334,30 @@ def doctor() -> None:
     out.print(table)
     if len(devices) == 1:
         out.print("no CUDA device", highlight=False)
+    elif not _check_gpus():
+        raise typer.Exit(1)
+
+
+def _check_gpus() -> bool:
+    """Run and print every check of the Triton kernels; whether all passed."""
+    if importlib.util.find_spec("triton") is None:
+        out.print("triton is not installed: the reference serves CUDA tensors. pip install triton", highlight=False)
+        return False
+    from sparsekern.backends.triton import check
+
+    passed = True
+    for index in range(torch.cuda.device_count()):
+        with out.status(f"checking the kernels on cuda:{index}"):
+            results = check.run(torch.device("cuda", index))
+        title = f"Kernels on cuda:{index}, {torch.cuda.get_device_name(index)}"
+        table = Table("op", "dtype", "", "error", "at most", "seconds", "", title=title, title_justify="left")
+        for result in results:
+            numbers = (f"{number:.1e}" for number in (result.error, result.bound))
+            mark = "✓" if result.passed else "[red]failed[/]"
+            table.add_row(result.kernel, result.dtype, mark, *numbers, f"{result.seconds:.1f}", result.note)
+            passed = passed and result.passed
+        out.print(table)
+    return passed
 
 
 def _device(name: str | None) -> str:

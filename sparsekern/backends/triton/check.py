@@ -358,4 +358,4 @@ def _read_cache() -> dict[str, dict[str, bool]]:
         known = json.loads(cache_file().read_text())
     except (OSError, ValueError):  # none yet, or half of one
         return {}
-    return known if isinstance(known, dict) else {}
+    return {key: found for key, found in known.items() if isinstance(found, dict)} if isinstance(known, dict) else {}

@@ -1,0 +1,47 @@
+"""Every Triton kernel compiles ahead of time for every architecture, within its bounds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from sparsekern.bench import resources
+
+
+def report(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "sparsekern.bench.resources", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_every_kernel_and_configuration_compiles_within_its_bounds():
+    run = report()
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]]
+    assert {row[1] for row in rows} == {"80", "89", "90"}
+    cores = {(row[0], row[1]): row[6] for row in rows}
+    assert cores["_screen", "80"] == cores["_screen", "89"] == "mma"
+    assert cores["_screen", "90"] == "wgmma"
+    kernels = {row[0] for row in rows}
+    assert {"_screen", "_select", "_rescore", "_repair", "_take", "_decode", "_row_adam", "_mark", "_order"} <= kernels
+
+
+def test_the_interpreter_is_refused():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "sparsekern.bench.resources", "--cases", "small"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "unset it" in run.stderr
+
+
+def test_what_is_out_of_bounds_is_named():
+    kernel = resources.Kernel("module", "name", (), (), (), 4, 2)
+    assert resources.Resources(kernel, 90, 255, 0, 227 * 1024, "").problems() == []
+    (stack,) = resources.Resources(kernel, 90, 255, 64, 0, "").problems()
+    assert stack == "has 64 bytes of stack a thread, more than 32"
+    (shared,) = resources.Resources(kernel, 89, 255, 0, 100 * 1024 + 1, "").problems()
+    assert "wants 102401 bytes of shared memory" in shared
