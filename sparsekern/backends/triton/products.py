@@ -236,13 +236,13 @@ class ByLatent:
     """
 
     def __init__(self, indices: Tensor, d_sae: int, k: int, row_of: Tensor | None = None) -> None:
-        indices = indices.contiguous()
         n, device = indices.numel(), indices.device
         if n >= 2**31:
             raise ValueError(
                 f"codes must have fewer than 2**31 entries for a gradient of the weights, got {n}; "
                 "split the batch into smaller ones and add their gradients"
             )
+        indices = indices.contiguous()
         self.d_sae, self.k, self.row_of = d_sae, k, row_of
         self.start = torch.zeros(d_sae + 1, dtype=torch.int32, device=device)
         grid = (triton.cdiv(n, 512),)
