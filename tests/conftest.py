@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import signal
 import subprocess
@@ -8,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton reads this when it is imported, and torch imports it late.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sparsekern.backends import cpu
 
@@ -32,6 +37,29 @@ def product_backend(request, monkeypatch):
         pytest.skip("the native kernels are not built")
     monkeypatch.setenv("SPARSEKERN_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton's kernels run: on the GPU, or in Triton's interpreter on the CPU. Nothing else may serve."""
+    if importlib.util.find_spec("triton") is None:
+        if os.environ.get("CI"):
+            pytest.fail("triton must be installed in CI")
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that nobody wrote holds NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture
