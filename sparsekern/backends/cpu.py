@@ -364,9 +364,11 @@ def row_adam(
 ) -> Tensor:
     """One step of Adam on `weight` in one pass over memory; `state` is that of ``torch.optim.Adam``.
 
-    On the CPU a batch that is not `finite` was refused long before. Returns the sum of squares of the gradient before
-    clipping, as :func:`gradient_squares` would have.
+    Where `finite` ``[]`` is false nothing changes. Returns the sum of squares of the gradient before clipping, as
+    :func:`gradient_squares` would have.
     """
+    if finite is not None and not finite:
+        return torch.full((), math.nan, dtype=torch.float64)
     squares = torch.empty(weight.shape[0])
     state["step"] += 1
     step = int(state["step"])

@@ -261,9 +261,10 @@ class SAE(nn.Module):
             self.W_enc.mul_(scale)
 
     @torch.no_grad()
-    def normalize_decoder_(self) -> None:
-        """Scale every decoder row to unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+    def normalize_decoder_(self, where: Tensor | None = None) -> None:
+        """Scale every decoder row to unit norm; with `where` ``[]`` bool, only if that is true."""
+        norm = self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        self.W_dec.div_(norm if where is None else torch.where(where, norm, 1))
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> None:

@@ -24,7 +24,7 @@ class Adam:
     refreshes the copy of the weights that the encoder screens with. Elsewhere torch does the same, with dense gradients
     and a pass for each. Both use the state of ``torch.optim.Adam``, so that a run can move between them.
 
-    On a GPU nothing here waits for the device, and a loss that is not finite changes nothing.
+    Nothing here waits for a GPU, and a loss that is not finite changes nothing.
 
     With factored gradients ``W_enc.grad`` and ``W_dec.grad`` stay None, and hooks on those gradients do not fire.
 
@@ -90,14 +90,12 @@ class Adam:
                 factors[weight] = engine.SortedFactors(parts, weight.shape[0])
         self.sae.project_decoder_grad_()
         finite = loss.detach().isfinite()
-        if loss.device.type == "cuda":
-            # torch's own way to leave out a step.
-            self.torch.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.torch.found_inf = (~finite).float()  # type: ignore[attr-defined] # torch's own way to leave out a step
         if engine is not None and factors:
             return self._step_with_factors(engine, factors, finite, lr, clip_norm)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip_norm)
         self.torch.step()
-        self.sae.normalize_decoder_()
+        self.sae.normalize_decoder_(finite)
         return norm
 
     def _step_with_factors(
@@ -127,7 +125,7 @@ class Adam:
             if weight is sae.W_enc and copy is None and engine.screens(*weight.shape):
                 self._copy = engine.quantized(weight)
         if sae.W_dec not in factors:
-            sae.normalize_decoder_()
+            sae.normalize_decoder_(finite)
         return torch.stack(squares).sum().sqrt().float()
 
     def _current_copy(self, weight: nn.Parameter) -> Any:

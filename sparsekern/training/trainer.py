@@ -30,8 +30,8 @@ class StepStats(NamedTuple):
         Loss and FVU of the batch before the update, active latents a token, global gradient norm before clipping,
         share of latents that count as dead.
     skipped : Tensor []
-        Batches so far whose loss was not finite, as from NaN in them. On a GPU they change nothing and are noticed when
-        these numbers are read; on a CPU they raise at once.
+        Batches so far whose loss was not finite, as from NaN in them or by overflow. They change nothing and are
+        noticed when these numbers are read; on a CPU, NaN and infinity in a batch raise at once.
     """
 
     step: int

@@ -103,6 +103,22 @@ def test_bad_input_to_the_first_step_changes_nothing_either():
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_loss_that_overflows_changes_nothing(monkeypatch, backend):
+    if backend == "cpu" and cpu.isa() is None:
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setenv("SPARSEKERN_BACKEND", backend)
+    trainer = sk.Trainer(make(), lr=1e-2)
+    trainer.step(torch.randn(20, 10))
+    before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+    stats = trainer.step(1e30 * torch.randn(20, 10))
+    after = trainer.state_dict()
+    for name in before.keys() - {"trainer.steps_done", "trainer.tokens_seen"}:
+        assert torch.equal(after[name], before[name]), name
+    with pytest.raises(ValueError, match=r"made the loss overflow, in 1 of 2 batches"):
+        stats.to_floats()
+
+
 def test_the_start_of_a_trained_module_is_left_alone():
     sae = make()
     with torch.no_grad():

@@ -1,0 +1,185 @@
+"""Adam over factored gradients against torch.optim.Adam in float64, and the copy of the weights that it keeps."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+if not os.environ.get("CI"):
+    pytest.importorskip("triton")
+
+import sparsekern as sk
+from sparsekern.backends import reference, triton
+from sparsekern.backends.triton import adam, encode, plans, products
+from sparsekern.factors import OuterProducts
+
+pytestmark = pytest.mark.usefixtures("triton_device", "poisoned_memory")
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
+N, D = 9, 19
+
+
+@pytest.fixture(autouse=True)
+def _short_pieces(monkeypatch):
+    """So that latents of a few entries are long."""
+    monkeypatch.setattr(products, "SPLIT", 4)
+    monkeypatch.setattr(adam, "SPLIT", 4)
+
+
+@pytest.fixture(autouse=True)
+def _screen_of_the_interpreter(monkeypatch, triton_device):
+    """It neither rounds to bfloat16 nor multiplies it in tensor cores; float16 it does."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(plans, "SCREEN_DTYPE", torch.float16)
+        monkeypatch.setattr(encode, "SCREEN_DTYPE", torch.float16)
+
+
+def random_weight(device):
+    return torch.nn.functional.normalize(torch.randn(N, D), dim=1).to(device)
+
+
+def random_parts(device, parts):
+    """Outer products of several widths, where latent 0 has many entries and the last two latents none."""
+    made = []
+    for part in range(parts):
+        rows, k = (7, 2) if part != 1 else (5, 3)
+        indices = torch.randint(1, N - 2, (rows, k), dtype=torch.int32)
+        indices[:, 0] = 0
+        values = torch.randn(rows, k) * (torch.rand(rows, k) > 0.2)
+        made.append(OuterProducts(values.to(device), indices.to(device), torch.randn(D, rows).T.to(device)))
+    return made
+
+
+def fresh_state(weight):
+    zeros = torch.zeros_like(weight)
+    return {"step": torch.zeros((), device=weight.device), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def dense_gradient(parts, weight, unit_rows):
+    """In float64, projected where the rows are to keep their norm."""
+    parts = [(values.cpu().double(), indices.cpu(), vectors.cpu().double()) for values, indices, vectors in parts]
+    gradient = sum(reference.scatter_outer(*part, N) for part in parts)
+    return gradient - (gradient * weight).sum(1, keepdim=True) * weight if unit_rows else gradient
+
+
+@pytest.mark.parametrize(
+    ("parts", "unit_rows", "clip_norm"),
+    [(1, False, float("inf")), (1, True, 0.5), (2, False, 0.5), (2, True, 1e4), (3, False, 1e4), (3, True, 0.5)],
+)
+def test_equal_to_torch_adam(triton_device, parts, unit_rows, clip_norm):
+    weight = random_weight(triton_device)
+    other = torch.nn.Parameter(weight.cpu().double())
+    optimizer = torch.optim.Adam([other], **OPTIONS)
+    state, finite = fresh_state(weight), torch.tensor(True, device=triton_device)
+    rest = torch.tensor(2.0, dtype=torch.float64)
+    for _ in range(3):
+        made = random_parts(triton_device, parts)
+        factors = adam.SortedFactors(made, N)
+        clip = adam.clip_factor([(factors, weight, unit_rows)], rest.to(triton_device), clip_norm)
+        squares = adam.row_adam(factors, weight, unit_rows, state, **OPTIONS, clip=clip, copy=None, finite=finite)
+        other.grad = dense_gradient(made, other.detach(), unit_rows)
+        torch.testing.assert_close(squares.cpu(), other.grad.square().sum(), rtol=1e-5, atol=0)
+        factor = min(1.0, clip_norm / float((rest + other.grad.square().sum()).sqrt() + 1e-6))
+        assert clip.item() == pytest.approx(factor, rel=1e-6)
+        assert (factor < 1) == (clip_norm < 1)
+        other.grad *= factor
+        optimizer.step()
+        if unit_rows:
+            other.data /= other.data.norm(dim=1, keepdim=True)
+    for mine, theirs in [(weight, other.detach())] + [(state[name], optimizer.state[other][name]) for name in state]:
+        torch.testing.assert_close(mine.cpu().double(), theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_has_one_norm_for_all_weights(triton_device):
+    weights = [random_weight(triton_device) for _ in range(2)]
+    parts = [random_parts(triton_device, 1), random_parts(triton_device, 2)]
+    found = [
+        (adam.SortedFactors(p, N), weight, i == 1) for i, (p, weight) in enumerate(zip(parts, weights, strict=True))
+    ]
+    exact = sum(
+        dense_gradient(p, weight.cpu().double(), i == 1).square().sum()
+        for i, (p, weight) in enumerate(zip(parts, weights, strict=True))
+    )
+    rest = torch.tensor(5.0, dtype=torch.float64, device=triton_device)
+    clip = adam.clip_factor(found, rest, 0.25)
+    assert clip.item() == pytest.approx(0.25 / float((exact + 5).sqrt()), rel=1e-6)
+
+
+def test_the_bound_on_the_norm_may_be_loose_but_never_low(triton_device):
+    """Where it is above the clipping norm and the norm is not, nothing is clipped."""
+    weight = random_weight(triton_device)
+    (one,) = random_parts(triton_device, 1)
+    opposite = one._replace(values=-0.999 * one.values)
+    for parts, loose in [([one], False), ([one, opposite], True)]:
+        factors = adam.SortedFactors(parts, N)
+        bound, exact = factors.square_bound().item(), dense_gradient(parts, weight.cpu().double(), False).square().sum()
+        assert bound >= exact
+        assert (bound > 100 * exact) == loose
+        clip = adam.clip_factor(
+            [(factors, weight, False)], torch.zeros((), device=triton_device), 2 * exact.sqrt().item()
+        )
+        assert clip == 1
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
+    weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
+    state, kept, options = fresh_state(weight), encode.quantized(weight), {**OPTIONS, "clip": finite.float()}
+    parts = random_parts(triton_device, 2)
+    adam.row_adam(adam.SortedFactors(parts, N), weight, unit_rows, state, **options, copy=kept, finite=finite)
+    before = copy.deepcopy((weight, state, kept.cast))
+    broken = [part._replace(vectors=part.vectors * torch.nan) for part in parts]
+    options["clip"] = torch.full_like(options["clip"], torch.nan)
+    adam.row_adam(adam.SortedFactors(broken, N), weight, unit_rows, state, **options, copy=kept, finite=~finite)
+    assert torch.equal(weight, before[0])
+    assert all(torch.equal(state[name], before[1][name]) for name in state)
+    assert all(torch.equal(a, b) for a, b in zip(kept.cast, before[2], strict=True) if a is not None)
+    assert kept.is_current(weight)
+    assert kept.unchanged(weight)
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_the_copy_follows_the_weight(triton_device, unit_rows):
+    weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
+    kept = encode.quantized(weight)
+    factors = adam.SortedFactors(random_parts(triton_device, 1), N)
+    options = {**OPTIONS, "clip": finite.float(), "copy": kept, "finite": finite}
+    adam.row_adam(factors, weight, unit_rows, fresh_state(weight), **options)
+    assert kept.is_current(weight)
+    assert kept.unchanged(weight)
+    assert encode.current_copy(weight) is kept
+    fresh = encode.cast_rows(weight, kept.cast.rows.dtype)
+    assert torch.equal(kept.cast.rows, fresh.rows)
+    assert torch.equal(kept.cast.rows, weight.to(kept.cast.rows.dtype))
+    torch.testing.assert_close(kept.cast.norm, weight.norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(kept.cast.error, (weight - fresh.rows.float()).norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_a_copy_is_dropped_when_somebody_else_changes_the_weight(triton_device):
+    weight = random_weight(triton_device)
+    kept = encode.quantized(weight)
+    assert encode.current_copy(weight) is kept
+    assert encode.current_copy(weight.clone()) is None
+    assert encode.current_copy(weight[:5]) is None
+    weight[3] += 1
+    assert encode.current_copy(weight) is None
+    kept = encode.quantized(weight)
+    del kept
+    assert encode.current_copy(weight) is None  # its owner has gone
+
+
+def test_a_change_through_data_repairs_every_token(triton_device):
+    """It leaves no trace in the version of the tensor, but one in the first column, which is seen on the device."""
+    weight, x = torch.randn(70, 5).to(triton_device), torch.randn(2, 5).to(triton_device)
+    kept = encode.quantized(weight)
+    sk.topk_encode(x, weight, None, 2)
+    assert triton.last_encode().repaired == 0
+    weight.data.neg_()
+    assert kept.is_current(weight)
+    assert not kept.unchanged(weight)
+    codes = sk.topk_encode(x, weight, None, 2)
+    assert triton.last_encode().repaired == 2
+    values, indices = reference.topk_encode(x, weight, None, 2, "none")
+    assert torch.equal(codes.indices, indices)
+    torch.testing.assert_close(codes.values, values)
