@@ -14,9 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,8 +182,7 @@ def launches(shape: Shape, arch: int) -> list[Any]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
             for path in ("fused", "chunked"):
-                with forced_path(path):
-                    triton.topk_encode(x, weight, bias, k, "auto")
+                triton.topk_encode(x, weight, bias, k, "auto", path)
             if dtype == torch.float16:
                 continue  # the products differ by the width of a number, not by its kind
             values, indices = _empty(rows, k, dtype=dtype), _empty(rows, k, dtype=torch.int32)
@@ -221,19 +219,6 @@ def launches(shape: Shape, arch: int) -> list[Any]:
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
                 triton.row_adam(factors, weight, unit_rows, state, **options, finite=_empty(dtype=torch.bool))
     return found
-
-
-@contextmanager
-def forced_path(path: str) -> Iterator[None]:
-    """Within this context ``topk_encode`` takes this path."""
-    before = os.environ.get("SPARSEKERN_TRITON_ENCODE")
-    os.environ["SPARSEKERN_TRITON_ENCODE"] = path
-    try:
-        yield
-    finally:
-        os.environ.pop("SPARSEKERN_TRITON_ENCODE")
-        if before is not None:
-            os.environ["SPARSEKERN_TRITON_ENCODE"] = before
 
 
 def jobs(cases: Sequence[str]) -> list[tuple[Kernel, int]]:

@@ -95,18 +95,11 @@ def _encode_cases(dtype: torch.dtype, n_wide: int) -> list[tuple[Tensor, Tensor,
 
 def _check_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
-    before = os.environ.get("SPARSEKERN_TRITON_ENCODE")
-    try:
-        for path in ("fused", "chunked"):
-            os.environ["SPARSEKERN_TRITON_ENCODE"] = path
-            for x, weight, bias, k in _encode_cases(dtype, n_wide=14_001):
-                on = [None if t is None else t.to(device) for t in (x, weight, bias)]
-                values, indices = triton.topk_encode(*on, k, "auto")
-                pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
-    finally:
-        os.environ.pop("SPARSEKERN_TRITON_ENCODE") if before is None else os.environ.update(
-            SPARSEKERN_TRITON_ENCODE=before
-        )
+    for path in ("fused", "chunked"):
+        for x, weight, bias, k in _encode_cases(dtype, n_wide=14_001):
+            on = [None if t is None else t.to(device) for t in (x, weight, bias)]
+            values, indices = triton.topk_encode(*on, k, "auto", path)
+            pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
     return pairs
 
 

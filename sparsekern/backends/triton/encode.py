@@ -520,11 +520,13 @@ def last_encode() -> EncodeStats | None:
     return EncodeStats(rows, torch.stack(kept).sum(), torch.stack(repaired).sum())
 
 
-def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
-    """See :func:`sparsekern.backends.reference.topk_encode`."""
+def topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, path: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.topk_encode`; `path` as for :func:`encode_plan`."""
     rows, (n, d) = x.shape[0], weight.shape
     copy = current_copy(weight)
-    plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=copy is not None)
+    plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=copy is not None, path=path)
     if plan is None:
         return reference.topk_encode(x, weight, bias, k, "none")
     x = x.contiguous()

@@ -108,7 +108,7 @@ def encode_plan(
 ) -> EncodePlan | None:
     """The plan of a call; None where the reference is to serve it.
 
-    ``SPARSEKERN_TRITON_ENCODE=fused|chunked`` decides where `path` does not.
+    `path` is ``"fused"``, ``"chunked"``, or ``"auto"``: then ``SPARSEKERN_TRITON_ENCODE`` decides, or the shape.
     """
     buckets = _buckets(n, k)
     if buckets is None:
