@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 ARCHS = (80, 89, 90)
-MOST_STACK = 32
+MOST_STACK = 64
 """Bytes of stack a thread, at most: registers spilled. The sorts of ``_repair`` leave a few words there on some
 architectures, at half of the registers; everything else leaves none."""
 MOST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}

@@ -41,7 +41,7 @@ def test_the_interpreter_is_refused():
 def test_what_is_out_of_bounds_is_named():
     kernel = resources.Kernel("module", "name", (), (), (), 4, 2)
     assert resources.Resources(kernel, 90, 255, 0, 227 * 1024, "").problems() == []
-    (stack,) = resources.Resources(kernel, 90, 255, 64, 0, "").problems()
-    assert stack == "has 64 bytes of stack a thread, more than 32"
+    (stack,) = resources.Resources(kernel, 90, 255, 128, 0, "").problems()
+    assert stack == "has 128 bytes of stack a thread, more than 64"
     (shared,) = resources.Resources(kernel, 89, 255, 0, 100 * 1024 + 1, "").problems()
     assert "wants 102401 bytes of shared memory" in shared
