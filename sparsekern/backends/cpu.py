@@ -368,7 +368,7 @@ def row_adam(
     :func:`gradient_squares` would have.
     """
     if finite is not None and not finite:
-        return torch.full((), math.nan, dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64)
     squares = torch.empty(weight.shape[0])
     state["step"] += 1
     step = int(state["step"])

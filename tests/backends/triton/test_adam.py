@@ -108,18 +108,17 @@ def test_clipping_has_one_norm_for_all_weights(triton_device):
 
 def test_the_bound_on_the_norm_may_be_loose_but_never_low(triton_device):
     """Where it is above the clipping norm and the norm is not, nothing is clipped."""
-    weight = random_weight(triton_device)
+    weight, rest = random_weight(triton_device), torch.zeros((), device=triton_device)
     (one,) = random_parts(triton_device, 1)
     opposite = one._replace(values=-0.999 * one.values)
-    for parts, loose in [([one], False), ([one, opposite], True)]:
+    apart = OuterProducts(one.values[:, :1], torch.arange(7, dtype=torch.int32)[:, None].to(triton_device), one.vectors)
+    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([one, opposite], 1000, 1e9)]:
         factors = adam.SortedFactors(parts, N)
-        bound, exact = factors.square_bound().item(), dense_gradient(parts, weight.cpu().double(), False).square().sum()
-        assert bound >= exact
-        assert (bound > 100 * exact) == loose
-        clip = adam.clip_factor(
-            [(factors, weight, False)], torch.zeros((), device=triton_device), 2 * exact.sqrt().item()
-        )
-        assert clip == 1
+        exact = dense_gradient(parts, weight.cpu().double(), False).square().sum()
+        assert least <= factors.square_bound().item() / exact <= most
+        for share in (0.99, 1.01):
+            clip = adam.clip_factor([(factors, weight, False)], rest, share * exact.sqrt().item())
+            assert clip.item() == pytest.approx(min(share, 1), rel=1e-3)
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])
@@ -131,7 +130,8 @@ def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
     before = copy.deepcopy((weight, state, kept.cast))
     broken = [part._replace(vectors=part.vectors * torch.nan) for part in parts]
     options["clip"] = torch.full_like(options["clip"], torch.nan)
-    adam.row_adam(adam.SortedFactors(broken, N), weight, unit_rows, state, **options, copy=kept, finite=~finite)
+    factors = adam.SortedFactors(broken, N)
+    assert adam.row_adam(factors, weight, unit_rows, state, **options, copy=kept, finite=~finite) == 0
     assert torch.equal(weight, before[0])
     assert all(torch.equal(state[name], before[1][name]) for name in state)
     assert all(torch.equal(a, b) for a, b in zip(kept.cast, before[2], strict=True) if a is not None)
@@ -142,13 +142,14 @@ def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_the_copy_follows_the_weight(triton_device, unit_rows):
     weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
-    kept = encode.quantized(weight)
+    other, kept = encode.Quantized(weight), encode.quantized(weight)
     factors = adam.SortedFactors(random_parts(triton_device, 1), N)
     options = {**OPTIONS, "clip": finite.float(), "copy": kept, "finite": finite}
     adam.row_adam(factors, weight, unit_rows, fresh_state(weight), **options)
     assert kept.is_current(weight)
     assert kept.unchanged(weight)
     assert encode.current_copy(weight) is kept
+    assert not other.is_current(weight)
     fresh = encode.cast_rows(weight, kept.cast.rows.dtype)
     assert torch.equal(kept.cast.rows, fresh.rows)
     assert torch.equal(kept.cast.rows, weight.to(kept.cast.rows.dtype))

@@ -162,6 +162,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(triton_device, monkeypatch, 
     x = torch.randn(ROWS, D, device=triton_device)
     assert trainer.step(x).to_floats()["skipped"] == 0
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+    x = -x  # other latents would fire
     x[2, 3] = torch.nan
     stats = trainer.step(x)
     after = trainer.state_dict()
