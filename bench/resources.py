@@ -116,6 +116,8 @@ def compile_kernel(kernel: Kernel, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from sparsekern.backends.triton._launch import FUSION
+
     function = getattr(importlib.import_module(kernel.module), kernel.name)
     names = function.arg_names
     types = dict(zip(names, kernel.types, strict=False))
@@ -127,7 +129,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Any:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, yes in enumerate(kernel.aligned) if yes},
     )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, **FUSION}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
