@@ -216,7 +216,10 @@ def launches(shape: Shape, arch: int) -> list[Any]:
         for parts in ([part], [part, part]):
             factors = triton.SortedFactors(parts, n)
             clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
-            for unit_rows, copy in ((True, None), (False, encode.Quantized(weight))):
+            copies = [
+                encode.Quantized(weight, dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)[: 1 + (arch >= 89)]
+            ]
+            for unit_rows, copy in ((True, None), *((False, copy) for copy in copies)):
                 state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
                 triton.row_adam(factors, weight, unit_rows, state, **options, finite=_empty(dtype=torch.bool))

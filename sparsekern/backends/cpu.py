@@ -116,8 +116,11 @@ _quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDicti
 """By address of the weight. The optimizer that refreshes a copy owns it."""
 
 
-def quantized(weight: Tensor) -> Quantized:
-    """A quantised copy of `weight` for the caller to own, which :func:`topk_encode` uses while it is current."""
+def quantized(weight: Tensor, screen: str = "auto") -> Quantized:
+    """A quantised copy of `weight` for the caller to own, which :func:`topk_encode` uses while it is current.
+
+    It is in int8, whatever the `screen`: there is no other here.
+    """
     copy = _quantized[weight.data_ptr()] = Quantized(weight)
     return copy
 

@@ -123,7 +123,7 @@ class Adam:
             state = self._state_of(weight)
             squares.append(engine.row_adam(found, weight, unit_rows, state, **options, rest_after=self.rest_after))
             if weight is sae.W_enc and copy is None and engine.screens(*weight.shape):
-                self._copy = engine.quantized(weight)
+                self._copy = engine.quantized(weight, getattr(sae.activation, "screen", "auto"))
         if sae.W_dec not in factors:
             sae.normalize_decoder_(finite)
         return torch.stack(squares).sum().sqrt().float()

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends.triton._launch import launch
-from sparsekern.backends.triton.encode import Quantized
+from sparsekern.backends.triton.encode import Quantized, scale_of
 from sparsekern.backends.triton.products import ENTRIES, SPLIT, ByLatent, _rows, scatter_outer, sum_latent
 from sparsekern.factors import OuterProducts, identity
 
@@ -74,8 +74,8 @@ def _row_adam(
     weight, first_moment, second_moment, squares, hyper, needed,
     values, vectors, vector_stride, start, order, piece_start, pieces, k,
     other_values, other_vectors, other_stride, other_start, other_order, other_piece_start, other_pieces, other_k,
-    copy, copy_norm, copy_error, d, beta1, beta2, eps,
-    TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr,
+    copy, copy_scale, copy_norm, copy_error, d, beta1, beta2, eps,
+    TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
     SPLIT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
@@ -109,9 +109,13 @@ def _row_adam(
                 row /= tl.maximum(tl.sqrt(tl.sum(row * row, axis=0)), 1.1754943508222875e-38)
             tl.store(weight + place, row, mask=inside)
             if COPY:
-                rounded = row.to(copy.dtype.element_ty)
+                factor = 1.0
+                if SCALED:
+                    factor = scale_of(tl.max(tl.abs(row), axis=0))
+                    tl.store(copy_scale + latent, factor)
+                rounded = (row / factor).to(copy.dtype.element_ty)
                 tl.store(copy + place, rounded, mask=inside)
-                off = row - rounded.to(tl.float32)
+                off = row - rounded.to(tl.float32) * factor
                 tl.store(copy_norm + latent, tl.sqrt(tl.sum(row * row, axis=0)))
                 tl.store(copy_error + latent, tl.sqrt(tl.sum(off * off, axis=0)))
 
@@ -141,7 +145,7 @@ def _launch(
         needed,
         *_pointers(one),
         *(_pointers(two) if two else (None, None, 0, None, None, None, None, 0)),
-        *((None, None, None) if copy is None else (copy.cast.rows, copy.cast.norm, copy.cast.error)),
+        *((None,) * 4 if copy is None else (copy.cast.rows, copy.cast.scale, copy.cast.norm, copy.cast.error)),
         d,
         *betas,
         eps,
@@ -149,6 +153,7 @@ def _launch(
         UNIT_ROWS=unit_rows,
         UPDATE=hyper is not None,
         COPY=copy is not None,
+        SCALED=copy is not None and copy.cast.scale is not None,
         SPLIT=SPLIT,
         ENTRIES=4 if d > 2048 else ENTRIES,
         BLOCK=max(16, triton.next_power_of_2(d)),

@@ -109,9 +109,9 @@ def batch_topk_encode(
 
 def _plan(x: Tensor, weight: Tensor, k: int, screen: str) -> EncodePlan | None:
     """The plan for panels of scores."""
-    copy = topk.current_copy(weight) is not None
+    copy = topk.current_copy(weight)
     shape = (x.shape[0], weight.shape[1], weight.shape[0], k)
-    return encode_plan(*shape, x.dtype, screen, topk.capability(x), has_copy=copy, path="chunked")
+    return encode_plan(*shape, x.dtype, screen, topk.capability(x), has_copy=copy is not None, path="chunked")
 
 
 def mark(

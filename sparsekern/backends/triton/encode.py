@@ -55,8 +55,14 @@ PANEL_BYTES = 32 * 2**20
 
 
 @triton.jit
+def scale_of(largest):
+    """What a row is divided by so that its largest entry is the largest number of fp8 (e4m3)."""
+    return tl.maximum(largest / 448.0, 1e-30)
+
+
+@triton.jit
 def _cast_rows(
-    rows, row_stride, out, scale, norm, error, d, SCALED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+    rows, row_stride, out, scale, norm, error, d, SCALED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Rows rounded to the dtype of `out`, with their norms and the norms of what rounding changed."""
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +73,7 @@ def _cast_rows(
             column = first + tl.arange(0, BLOCK)
             value = tl.load(rows + row * row_stride + column, mask=column < d, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(value))
-        factor = tl.maximum(tl.max(largest, axis=0) / LARGEST, 1e-30)
+        factor = scale_of(tl.max(largest, axis=0))
         tl.store(scale + row, factor)
     squares = tl.zeros([BLOCK], tl.float32)
     errors = tl.zeros([BLOCK], tl.float32)
@@ -108,8 +114,7 @@ def cast_rows(rows: Tensor, dtype: torch.dtype) -> Cast:
     out = torch.empty(n, d, dtype=dtype, device=rows.device)
     scale, norm, error = (torch.empty(n, dtype=torch.float32, device=rows.device) for _ in range(3))
     block = min(1024, triton.next_power_of_2(d))
-    constants = {"SCALED": scaled, "LARGEST": 448.0, "BLOCK": block}
-    launch(_cast_rows, (n,), rows, rows.stride(0), out, scale, norm, error, d, **constants)
+    launch(_cast_rows, (n,), rows, rows.stride(0), out, scale, norm, error, d, SCALED=scaled, BLOCK=block)
     return Cast(out, scale if scaled else None, norm, error)
 
 
@@ -121,8 +126,8 @@ class Quantized:
     the slack is then infinite, and every token is repaired.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.cast = cast_rows(weight.detach(), SCREEN_DTYPE)
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.cast = cast_rows(weight.detach(), dtype)
         self.address = weight.data_ptr()
         self._column = torch.empty_like(weight.detach()[:, 0])
         self.mark_current(weight)
@@ -149,9 +154,10 @@ _quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDicti
 """By address of the weight. The optimizer that refreshes a copy owns it."""
 
 
-def quantized(weight: Tensor) -> Quantized:
-    """A copy of `weight` for the caller to own, which :func:`topk_encode` uses while it is current."""
-    copy = _quantized[weight.data_ptr()] = Quantized(weight)
+def quantized(weight: Tensor, screen: str = "auto") -> Quantized:
+    """A copy of `weight` for the caller to own, which :func:`topk_encode` uses with `screen` while it is current."""
+    dtype = torch.float8_e4m3fn if screen == "fp8" else SCREEN_DTYPE
+    copy = _quantized[weight.data_ptr()] = Quantized(weight, dtype)
     return copy
 
 
@@ -312,8 +318,9 @@ def _select(
         c = _sortable(third)
     # The k-th largest key, bit by bit from the highest. Its lowest bits stay zero: the least score it can stand for.
     kth = tl.zeros([], tl.uint32)
-    for bit in tl.static_range(31, MEMBER_BITS - 1, -1):
-        trial = kth | (1 << bit)
+    one = kth + 1
+    for step in range(0, 32 - MEMBER_BITS):
+        trial = kth | (one << (31 - step))
         reached = (a >= trial).to(tl.int32)
         if KEEP > 1:
             reached += (b >= trial).to(tl.int32)
@@ -526,7 +533,8 @@ def topk_encode(
     """See :func:`sparsekern.backends.reference.topk_encode`; `path` as for :func:`encode_plan`."""
     rows, (n, d) = x.shape[0], weight.shape
     copy = current_copy(weight)
-    plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=copy is not None, path=path)
+    has_copy = copy is not None and copy.cast.rows.dtype == SCREEN_DTYPE
+    plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=has_copy, path=path)
     if plan is None:
         return reference.topk_encode(x, weight, bias, k, "none")
     x = x.contiguous()

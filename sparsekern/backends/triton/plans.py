@@ -144,7 +144,7 @@ def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tupl
         tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return dtype, "tf32" if tf32 else "ieee"
     # Rounding all weights costs six bytes each, which few tokens do not earn back: tf32 reads them as they are.
-    if screen == "bf16" or has_copy or rows >= 1024:
+    if screen == "bf16" or (screen == "auto" and (has_copy or rows >= 1024)):
         return SCREEN_DTYPE, "ieee"
     return torch.float32, "tf32"
 

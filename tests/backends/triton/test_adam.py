@@ -139,10 +139,11 @@ def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
     assert kept.unchanged(weight)
 
 
+@pytest.mark.parametrize("screen", ["auto", "fp8"])
 @pytest.mark.parametrize("unit_rows", [False, True])
-def test_the_copy_follows_the_weight(triton_device, unit_rows):
+def test_the_copy_follows_the_weight(triton_device, unit_rows, screen):
     weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
-    other, kept = encode.Quantized(weight), encode.quantized(weight)
+    other, kept = encode.Quantized(weight, encode.SCREEN_DTYPE), encode.quantized(weight, screen)
     factors = adam.SortedFactors(random_parts(triton_device, 1), N)
     options = {**OPTIONS, "clip": finite.float(), "copy": kept, "finite": finite}
     adam.row_adam(factors, weight, unit_rows, fresh_state(weight), **options)
@@ -151,10 +152,17 @@ def test_the_copy_follows_the_weight(triton_device, unit_rows):
     assert encode.current_copy(weight) is kept
     assert not other.is_current(weight)
     fresh = encode.cast_rows(weight, kept.cast.rows.dtype)
-    assert torch.equal(kept.cast.rows, fresh.rows)
-    assert torch.equal(kept.cast.rows, weight.to(kept.cast.rows.dtype))
+    scale = 1 if fresh.scale is None else weight.abs().amax(1, keepdim=True) / 448
+    assert (fresh.scale is None) == (screen == "auto")
+    rows = kept.cast.rows.float()
+    assert torch.equal(rows, fresh.rows.float())
+    if screen == "auto":
+        assert torch.equal(rows, weight.to(kept.cast.rows.dtype).float())
+    else:
+        assert torch.equal(kept.cast.scale, fresh.scale)
+        assert ((rows * scale - weight).abs() <= weight.abs() / 16 + scale / 512).all()
     torch.testing.assert_close(kept.cast.norm, weight.norm(dim=1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(kept.cast.error, (weight - fresh.rows.float()).norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(kept.cast.error, (weight - rows * scale).norm(dim=1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_copy_is_dropped_when_somebody_else_changes_the_weight(triton_device):

@@ -105,7 +105,7 @@ def test_wrong_indices_are_noticed(monkeypatch, a_gpu):
         return values, indices
 
     monkeypatch.setattr(encode, "topk_encode", wrong)
-    case = torch.randn(5, 16), torch.randn(60, 16), None, 4
+    case = torch.randn(5, 16), torch.randn(60, 16), torch.zeros(60), 4
     monkeypatch.setattr(check, "_encode_cases", lambda dtype, n_wide: [case])
     with pytest.warns(RuntimeWarning, match="a latent outside the top k was taken|taken twice"):
         assert unavailable("topk_encode") is not None

@@ -63,7 +63,10 @@ def test_hard_inputs(monkeypatch, triton_device, path, keep, case):
 
 @pytest.mark.parametrize(
     ("path", "screen"),
-    [*((path, screen) for path in ("fused", "chunked") for screen in ("auto", "none", "bf16")), ("fused", "fp8")],
+    [
+        *((path, screen) for path in ("fused", "chunked") for screen in ("auto", "none", "bf16", "tf32")),
+        ("fused", "fp8"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_precision(monkeypatch, triton_device, path, screen, dtype):
