@@ -198,6 +198,7 @@ def launches(shape: Shape, arch: int) -> list[Any]:
             triton.topk_encode(x, weight, None, k, "auto")
             triton.topk_encode(x, weight, bias, k, "none")
             triton.topk_encode(x[:512], weight, bias, k, "auto")
+            triton.topk_encode(x, weight, bias, k, "bf16")
             if arch >= 89:
                 triton.topk_encode(x, weight, bias, k, "fp8")
             triton.scatter_outer(values, indices, x[:, :1], n)
@@ -216,9 +217,8 @@ def launches(shape: Shape, arch: int) -> list[Any]:
         for parts in ([part], [part, part]):
             factors = triton.SortedFactors(parts, n)
             clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
-            copies = [
-                encode.Quantized(weight, dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)[: 1 + (arch >= 89)]
-            ]
+            dtypes = (encode.SCREEN_DTYPE, torch.bfloat16, torch.float8_e4m3fn)[: 2 + (arch >= 89)]
+            copies = [encode.Quantized(weight, dtype) for dtype in dtypes]
             for unit_rows, copy in ((True, None), *((False, copy) for copy in copies)):
                 state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}

@@ -21,7 +21,7 @@ from sparsekern.bench.gpu import SHAPES
 from sparsekern.bench.timing import Call, Clock
 
 TUNED = ("D", "F", "A", "G")
-OPERANDS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp8": torch.float8_e4m3fn}
+OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 CANDIDATES = [
     Tile(rows, 8, members, depth, warps, stages)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m sparsekern.bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(TUNED), help="default: %(default)s")
-    parser.add_argument("--operands", nargs="+", choices=OPERANDS, default=["bf16"], help="default: %(default)s")
+    parser.add_argument("--operands", nargs="+", choices=OPERANDS, default=["fp16"], help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=15.0, help="for the turns of one shape (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

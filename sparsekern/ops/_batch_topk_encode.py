@@ -32,7 +32,7 @@ def batch_topk_encode(
         Encoder bias.
     k : int
         Latents to keep a token, on average; ``1 ≤ k ≤ d_sae``.
-    screen : {"auto", "none", "bf16", "tf32", "fp8", "int8"}
+    screen : {"auto", "none", "bf16", "fp16", "tf32", "fp8", "int8"}
         Precision of the pass that proposes candidates, where the backend has one. It changes the speed, never the
         answer; a backend without the named pass raises.
     center : Tensor [d_in] or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCREENS = ("auto", "none", "bf16", "tf32", "fp8", "int8")
+SCREENS = ("auto", "none", "bf16", "fp16", "tf32", "fp8", "int8")
 
 
 def check_floating(**tensors: Tensor | None) -> None:

@@ -36,7 +36,7 @@ def threshold_encode(
         Encoder bias.
     threshold : float, or Tensor [] or [d_sae]
         For all latents or for each. At least 0: values of tensors are checked at once on the CPU.
-    screen : {"auto", "none", "bf16", "tf32", "fp8", "int8"}
+    screen : {"auto", "none", "bf16", "fp16", "tf32", "fp8", "int8"}
         Precision of the pass that proposes candidates, where the backend has one. It changes the speed, never the
         answer; a backend without the named pass raises.
     center : Tensor [d_in] or None

@@ -25,7 +25,7 @@ def test_tiles_are_timed_beside_the_chunked_path(monkeypatch):
 def test_the_shipped_tiles_are_among_the_candidates_or_smaller():
     for tile in plans.TILES.values():
         assert tile in tune.CANDIDATES
-    assert tune.OPERANDS["bf16"] == encode.SCREEN_DTYPE
+    assert tune.OPERANDS["fp16"] == encode.SCREEN_DTYPE
 
 
 def test_without_a_gpu_it_says_so(capsys):

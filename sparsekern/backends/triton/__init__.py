@@ -37,7 +37,7 @@ _MODULES = {
 """Where each function is."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FOR_SCREEN = {"bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
+_FOR_SCREEN = {"bf16": (8, 0), "fp16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
 
 
 def __getattr__(name: str) -> Any:
@@ -60,7 +60,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
     if reason is None and device.type == "cuda":
         from sparsekern.backends.triton import check
 
-        reason = check.verdict(op, dtype, device)
+        named = op == "topk_encode" and screen in ("bf16", "fp8")  # these have checks of their own
+        reason = check.verdict(f"{op} {screen}" if named else op, dtype, device)
     return reason
 
 
@@ -80,7 +81,7 @@ def _no_screen(op: str, device: torch.device, dtype: torch.dtype, screen: str) -
     if screen in ("auto", "none"):
         return None
     if screen not in _FOR_SCREEN or (screen == "fp8" and op != "topk_encode"):
-        return f"has no {screen} screening for {op}; use screen='auto', 'bf16' or 'none'"
+        return f"has no {screen} screening for {op}; use screen='auto', 'fp16' or 'none'"
     if capability < _FOR_SCREEN[screen]:
         return f"{screen} screening needs compute capability 8.9, this device has {capability[0]}.{capability[1]}"
     return None

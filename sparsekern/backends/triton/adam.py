@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends.triton._launch import launch
-from sparsekern.backends.triton.encode import Quantized, scale_of
+from sparsekern.backends.triton.encode import LIMITS, Quantized, scale_of
 from sparsekern.backends.triton.products import ENTRIES, SPLIT, ByLatent, _rows, scatter_outer, sum_latent
 from sparsekern.factors import OuterProducts, identity
 
@@ -75,7 +75,7 @@ def _row_adam(
     values, vectors, vector_stride, start, order, piece_start, pieces, k,
     other_values, other_vectors, other_stride, other_start, other_order, other_piece_start, other_pieces, other_k,
     copy, copy_scale, copy_norm, copy_error, d, beta1, beta2, eps,
-    TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+    TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr, LIMIT: tl.constexpr,
     SPLIT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
@@ -110,8 +110,8 @@ def _row_adam(
             tl.store(weight + place, row, mask=inside)
             if COPY:
                 factor = 1.0
-                if SCALED:
-                    factor = scale_of(tl.max(tl.abs(row), axis=0))
+                if LIMIT > 0:
+                    factor = scale_of(tl.max(tl.abs(row), axis=0), LIMIT)
                     tl.store(copy_scale + latent, factor)
                 rounded = (row / factor).to(copy.dtype.element_ty)
                 tl.store(copy + place, rounded, mask=inside)
@@ -153,7 +153,7 @@ def _launch(
         UNIT_ROWS=unit_rows,
         UPDATE=hyper is not None,
         COPY=copy is not None,
-        SCALED=copy is not None and copy.cast.scale is not None,
+        LIMIT=0.0 if copy is None else LIMITS.get(copy.cast.rows.dtype, 0.0),
         SPLIT=SPLIT,
         ENTRIES=4 if d > 2048 else ENTRIES,
         BLOCK=max(16, triton.next_power_of_2(d)),

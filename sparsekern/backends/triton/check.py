@@ -21,11 +21,16 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import reference, triton
+from sparsekern.backends.triton.plans import encode_plan
 from sparsekern.factors import OuterProducts
 from sparsekern.files import write_json
 
 # Twice the error of the same expression in the same precision, with room for the order of sums over these widths.
 _BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+WIDE = 14_001
+"""Latents of the wide cases: more than there are buckets."""
 
 
 class Result(NamedTuple):
@@ -75,18 +80,20 @@ def _codes(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return _random(rows, k, dtype=dtype, seed=1).relu(), indices.int()
 
 
-def _encode_cases(dtype: torch.dtype, n_wide: int) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+def _encode_cases(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]]:
     """Activations, weights, bias and k: narrow, wide, with ties, and with a bucket that hides candidates."""
     cases: list[tuple[Tensor, Tensor, Tensor, int]] = []
-    for rows, n, k in [(19, 300, 7), (5, n_wide, 4)]:  # of one width: that spares compilations
+    for rows, n, k in [(19, 300, 7), (5, WIDE, 4)]:  # of one width: that spares compilations
         x, weight = _random(rows, 72, dtype=dtype, seed=2), _random(n, 72, dtype=dtype, seed=3)
         weight[n // 2 : n // 2 + 9] = weight[:9]  # ties
         x[1] = weight[5] * 2  # a clear winner, twice
         cases.append((x, weight, _random(n, dtype=dtype, seed=4), k))
     x, weight, bias, k = cases[-1]
     weight = weight.clone()
-    # Members of one bucket, whatever the number of buckets, as that is a power of two up to 4096: all win.
-    weight[7::4096] = x[2] + 0.1 * weight[7::4096]
+    plan = encode_plan(5, 72, WIDE, k, dtype, "auto", (9, 0), has_copy=False)
+    assert plan is not None
+    assert plan.keep < k
+    weight[7 :: plan.n_buckets] = x[2] + 0.1 * weight[7 :: plan.n_buckets]  # all winners are in one bucket
     x = x.clone()
     x[3] = 0  # all latents tie: too many candidates, so the token is repaired
     cases.append((x, weight, torch.zeros_like(bias), k))
@@ -94,12 +101,25 @@ def _encode_cases(dtype: torch.dtype, n_wide: int) -> list[tuple[Tensor, Tensor,
 
 
 def _check_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    # What few and what many tokens are screened with, and the other path.
+    ways = [("auto", "fused"), ("auto", "chunked"), ("fp16", "fused")]
+    return [pair for way in ways for pair in _codes_by(*way, dtype, device)]
+
+
+def _check_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _codes_by("bf16", "fused", dtype, device)
+
+
+def _check_topk_encode_fp8(dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _codes_by("fp8", "fused", dtype, device)
+
+
+def _codes_by(screen: str, path: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
-    for path in ("fused", "chunked"):
-        for x, weight, bias, k in _encode_cases(dtype, n_wide=14_001):
-            on = [t.to(device) for t in (x, weight, bias)]
-            values, indices = triton.topk_encode(*on, k, "auto", path)
-            pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
+    for x, weight, bias, k in _encode_cases(dtype):
+        on = [t.to(device) for t in (x, weight, bias)]
+        values, indices = triton.topk_encode(*on, k, screen, path)
+        pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
     return pairs
 
 
@@ -182,7 +202,7 @@ def _check_csr_scatter_outer(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 
 def _check_threshold_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
-    x, weight, bias, _ = _encode_cases(dtype, n_wide=14_001)[0]
+    x, weight, bias, _ = _encode_cases(dtype)[0]
     score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     # A threshold in the widest gap near it: rounding must not decide.
     near = score.flatten().sort().values
@@ -195,7 +215,7 @@ def _check_threshold_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 
 def _check_batch_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
-    x, weight, bias, k = _encode_cases(dtype, n_wide=14_001)[0]
+    x, weight, bias, k = _encode_cases(dtype)[0]
     crow, col, values = triton.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), k, "auto")
     if col.shape[0] != k * x.shape[0]:
         raise _DisagreementError(f"{col.shape[0]} entries were kept, not {k * x.shape[0]}")
@@ -242,6 +262,8 @@ def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
     "topk_encode": _check_topk_encode,
+    "topk_encode bf16": _check_topk_encode_bf16,
+    "topk_encode fp8": _check_topk_encode_fp8,
     "sparse_decode": _check_sparse_decode,
     "gather_dot": _check_gather_dot,
     "scatter_outer": _check_scatter_outer,
@@ -275,7 +297,9 @@ def run_one(op: str, dtype: torch.dtype, device: torch.device) -> Result:
 def run(device: torch.device | str) -> list[Result]:
     """Check every op with every dtype now, whatever was found before."""
     device = torch.device(device)
-    pairs = [(op, dtype) for op in CASES for dtype in _BOUNDS if dtype == torch.float32 or op not in _FLOAT32_ONLY]
+    fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    ops = [op for op in CASES if fp8 or not op.endswith("fp8")]
+    pairs = [(op, dtype) for op in ops for dtype in _BOUNDS if dtype == torch.float32 or op not in _FLOAT32_ONLY]
     return [run_one(op, dtype, device) for op, dtype in pairs]
 
 

@@ -23,8 +23,9 @@ from sparsekern.backends.triton.products import csr_gather_dot
 
 @triton.jit(do_not_specialize=["n_rows", "n", "first", "width", "words"])
 def _mark(
-    panel, panel_stride, bias, threshold, slack, marks, counts, n_rows, n, first, width, words, relative,
-    HAS_BIAS: tl.constexpr, PER_LATENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    panel, panel_stride, x_scale, weight_scale, bias, threshold, slack, marks, counts,
+    n_rows, n, first, width, words, relative,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, PER_LATENT: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A bit for each score of a panel that could be above the threshold, and how many of them there are in a row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -35,6 +36,10 @@ def _mark(
         inside = (row < n_rows)[:, None] & ((column < width) & (first + column < n))[None, :]
         place = row.to(tl.int64)[:, None] * panel_stride + column[None, :]
         score = tl.load(panel + place, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
+            by_column = tl.load(weight_scale + first + column, mask=first + column < n, other=0.0)
+            score *= by_row[:, None] * by_column[None, :]
         if HAS_BIAS:
             score += tl.load(bias + first + column, mask=first + column < n, other=0.0).to(tl.float32)[None, :]
         if PER_LATENT:
@@ -130,6 +135,7 @@ def mark(
             (triton.cdiv(rows, 4),),
             panel,
             panel.stride(0),
+            *screened.scales(part),
             bias,
             threshold,
             screened.slack[part],
@@ -142,6 +148,7 @@ def mark(
             words,
             screened.relative,
             HAS_BIAS=bias is not None,
+            SCALED=screened.weight.scale is not None,
             PER_LATENT=threshold.dim() == 1,
             ROWS=4,
             WORDS=8,

@@ -55,25 +55,25 @@ PANEL_BYTES = 32 * 2**20
 
 
 @triton.jit
-def scale_of(largest):
-    """What a row is divided by so that its largest entry is the largest number of fp8 (e4m3)."""
-    return tl.maximum(largest / 448.0, 1e-30)
+def scale_of(largest, LIMIT: tl.constexpr):
+    """What a row is divided by so that its largest entry becomes LIMIT."""
+    return tl.maximum(largest / LIMIT, 1e-30)
 
 
 @triton.jit
 def _cast_rows(
-    rows, row_stride, out, scale, norm, error, d, SCALED: tl.constexpr, BLOCK: tl.constexpr
+    rows, row_stride, out, scale, norm, error, d, LIMIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Rows rounded to the dtype of `out`, with their norms and the norms of what rounding changed."""
     row = tl.program_id(0).to(tl.int64)
     factor = 1.0
-    if SCALED:
+    if LIMIT > 0:
         largest = tl.zeros([BLOCK], tl.float32)
         for first in range(0, d, BLOCK):
             column = first + tl.arange(0, BLOCK)
             value = tl.load(rows + row * row_stride + column, mask=column < d, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(value))
-        factor = scale_of(tl.max(largest, axis=0))
+        factor = scale_of(tl.max(largest, axis=0), LIMIT)
         tl.store(scale + row, factor)
     squares = tl.zeros([BLOCK], tl.float32)
     errors = tl.zeros([BLOCK], tl.float32)
@@ -89,6 +89,10 @@ def _cast_rows(
     tl.store(error + row, tl.sqrt(tl.sum(errors, axis=0)))
 
 
+LIMITS = {torch.float16: 1.0, torch.float8_e4m3fn: 448.0}
+"""The largest entry of a scaled row: that of fp8's range; for float16, one at which no score comes near its range."""
+
+
 class Cast(NamedTuple):
     """Rows in the precision of the screen.
 
@@ -96,7 +100,7 @@ class Cast(NamedTuple):
     ----------
     rows : Tensor [n, d]
     scale : Tensor [n] or None
-        What each row is to be multiplied by; fp8 only.
+        What each row is to be multiplied by; not for bfloat16, which has the range of float32.
     norm, error : Tensor [n]
         Norm of each row before rounding, and of what rounding changed.
     """
@@ -108,14 +112,14 @@ class Cast(NamedTuple):
 
 
 def cast_rows(rows: Tensor, dtype: torch.dtype) -> Cast:
-    """`rows` ``[n, d]`` rounded to `dtype`; fp8 with a scale for each row."""
+    """`rows` ``[n, d]`` rounded to `dtype`; float16 and fp8 with a scale for each row."""
     n, d = rows.shape
-    scaled = dtype == torch.float8_e4m3fn
+    limit = LIMITS.get(dtype, 0.0)
     out = torch.empty(n, d, dtype=dtype, device=rows.device)
     scale, norm, error = (torch.empty(n, dtype=torch.float32, device=rows.device) for _ in range(3))
     block = min(1024, triton.next_power_of_2(d))
-    launch(_cast_rows, (n,), rows, rows.stride(0), out, scale, norm, error, d, SCALED=scaled, BLOCK=block)
-    return Cast(out, scale if scaled else None, norm, error)
+    launch(_cast_rows, (n,), rows, rows.stride(0), out, scale, norm, error, d, LIMIT=limit, BLOCK=block)
+    return Cast(out, scale if limit else None, norm, error)
 
 
 class Quantized:
@@ -156,7 +160,7 @@ _quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDicti
 
 def quantized(weight: Tensor, screen: str = "auto") -> Quantized:
     """A copy of `weight` for the caller to own, which :func:`topk_encode` uses with `screen` while it is current."""
-    dtype = torch.float8_e4m3fn if screen == "fp8" else SCREEN_DTYPE
+    dtype = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(screen, SCREEN_DTYPE)
     copy = _quantized[weight.data_ptr()] = Quantized(weight, dtype)
     return copy
 
@@ -250,9 +254,9 @@ def _screen(
 
 @triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "first_member", "n_members"])
 def _bucket_panel(
-    panel, panel_stride, bias, keys, n_rows, n, n_buckets, first_member, n_members,
-    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, FRESH: tl.constexpr, ROWS: tl.constexpr,
-    BUCKETS: tl.constexpr,
+    panel, panel_stride, x_scale, weight_scale, bias, keys, n_rows, n, n_buckets, first_member, n_members,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, FRESH: tl.constexpr,
+    ROWS: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Merge a panel of scores ``[n_rows, n_members · n_buckets]`` into the keys."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -269,11 +273,15 @@ def _bucket_panel(
         if KEEP > 2:
             third = tl.load(old + 2 * n_buckets, mask=wanted, other=LOWEST)
     source = panel + row.to(tl.int64)[:, None] * panel_stride + bucket[None, :]
+    if SCALED:
+        by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
     for member in range(0, n_members):
         latent = (first_member + member) * n_buckets + bucket
         real = wanted & (latent < n)[None, :]
         score = tl.load(source + member * n_buckets, mask=real, other=0.0).to(tl.float32)
         score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST)  # float16 overflows
+        if SCALED:
+            score *= by_row[:, None] * tl.load(weight_scale + latent, mask=latent < n, other=0.0)[None, :]
         if HAS_BIAS:
             score += tl.maximum(tl.load(bias + latent, mask=latent < n, other=0.0).to(tl.float32), LOWEST)[None, :]
         key = tl.where(real, _to_key(score, first_member + member, MEMBER_BITS), LOWEST)
@@ -513,6 +521,10 @@ class Screened(NamedTuple):
     slack: Tensor
     relative: float
 
+    def scales(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Of some tokens and of all latents; None where rows are not scaled."""
+        return None if self.x.scale is None else self.x.scale[part], self.weight.scale
+
 
 _last: list[tuple[Tensor, Tensor, int]] = []  # counts, flags of repair and room, of the chunks of the last call
 
@@ -605,8 +617,8 @@ def _slack(x: Cast, weight: Cast, bias: Tensor | None, plan: EncodePlan) -> Tens
     rounding = weight_error * (x.norm + x_error) + weight_norm * x_error
     if plan.statistical:
         rounding = rounding * (8 / math.sqrt(d))
-    # Sums of d terms in the tensor cores' order here and in another there, and of the bias.
-    rounding = rounding + weight_norm * x.norm * (d * 2.0**-22)
+    # Tensor cores drop up to 2^-23 of a partial sum with each term. Rescoring sums in trees, with a rounding a level.
+    rounding = rounding + weight_norm * x.norm * (d * 2.0**-23 + 2.0**-18)
     if bias is not None:
         largest = torch.where(bias.isfinite(), bias, 0).abs().amax().float()
         rounding = rounding + largest * 2.0**-21
@@ -621,15 +633,16 @@ def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: Enco
     shared: dict[str, Any] = {"KEEP": plan.keep, "MEMBER_BITS": plan.member_bits, "HAS_BIAS": bias is not None}
     if plan.tile is not None:
         tile = plan.tile
+        x_scale, weight_scale = screened.scales(part)
         grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(plan.n_buckets, tile.buckets),)
         launch(
             _screen,
             grid,
             x,
-            None if screened.x.scale is None else screened.x.scale[part],
+            x_scale,
             w,
             w.stride(0),
-            screened.weight.scale,
+            weight_scale,
             bias,
             keys,
             rows,
@@ -638,7 +651,7 @@ def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: Enco
             plan.n_buckets,
             plan.n_members,
             **shared,
-            SCALED=screened.weight.scale is not None,
+            SCALED=weight_scale is not None,
             PRECISION=plan.precision,
             ROWS=tile.rows,
             BUCKETS=tile.buckets,
@@ -653,7 +666,7 @@ def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: Enco
     for first in range(0, plan.n_members, members):
         latents = w[first * plan.n_buckets : (first + members) * plan.n_buckets]
         panel = x @ latents.T
-        merge_panel(keys, panel, bias, n, plan, first, min(members, plan.n_members - first))
+        merge_panel(keys, panel, screened, part, bias, plan, first, min(members, plan.n_members - first))
     return keys
 
 
@@ -665,14 +678,41 @@ def lowest_scores(keys: Tensor, plan: EncodePlan) -> Tensor:
 
 
 def merge_panel(
-    keys: Tensor, panel: Tensor, bias: Tensor | None, n: int, plan: EncodePlan, first: int, members: int
+    keys: Tensor,
+    panel: Tensor,
+    screened: Screened,
+    part: slice,
+    bias: Tensor | None,
+    plan: EncodePlan,
+    first: int,
+    members: int,
 ) -> None:
     """Merge the scores of `members` members of all buckets, from member `first` on, into the keys."""
     rows, buckets = 4, min(256, triton.next_power_of_2(plan.n_buckets))
     grid = (triton.cdiv(keys.shape[0], rows), triton.cdiv(plan.n_buckets, buckets))
-    arguments = (panel, panel.stride(0), bias, keys, keys.shape[0], n, plan.n_buckets, first, members)
-    constants = {"KEEP": plan.keep, "MEMBER_BITS": plan.member_bits, "HAS_BIAS": bias is not None, "FRESH": first == 0}
-    launch(_bucket_panel, grid, *arguments, **constants, ROWS=rows, BUCKETS=buckets)
+    x_scale, weight_scale = screened.scales(part)
+    launch(
+        _bucket_panel,
+        grid,
+        panel,
+        panel.stride(0),
+        x_scale,
+        weight_scale,
+        bias,
+        keys,
+        keys.shape[0],
+        screened.weight.rows.shape[0],
+        plan.n_buckets,
+        first,
+        members,
+        KEEP=plan.keep,
+        MEMBER_BITS=plan.member_bits,
+        HAS_BIAS=bias is not None,
+        SCALED=x_scale is not None,
+        FRESH=first == 0,
+        ROWS=rows,
+        BUCKETS=buckets,
+    )
 
 
 def _finish(

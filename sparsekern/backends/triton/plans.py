@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-SCREEN_DTYPE = torch.bfloat16
-"""Of the screen for float32 weights: half the bytes and twice the rate of tf32, and the range of float32."""
+SCREEN_DTYPE = torch.float16
+"""Of the screen for float32 weights, with a scale for each row: as fast as bfloat16, and eight times as precise."""
 
 MOST_KEYS = 4096 * 3
 """Keys of a token that one program holds in registers."""
@@ -144,7 +144,9 @@ def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tupl
         tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return dtype, "tf32" if tf32 else "ieee"
     # Rounding all weights costs six bytes each, which few tokens do not earn back: tf32 reads them as they are.
-    if screen == "bf16" or (screen == "auto" and (has_copy or rows >= 1024)):
+    if screen == "bf16":
+        return torch.bfloat16, "ieee"
+    if screen == "fp16" or (screen == "auto" and (has_copy or rows >= 1024)):
         return SCREEN_DTYPE, "ieee"
     return torch.float32, "tf32"
 
@@ -159,6 +161,9 @@ def _buckets(n: int, k: int) -> tuple[int, int, int] | None:
     # Of twice k candidates in as many buckets, few share one; and no bucket should be long.
     n_buckets = min(MOST_KEYS // 3, max(1024, 1 << (32 * k - 1).bit_length(), 1 << (n // 128 - 1).bit_length()))
     keep, members = 3, -(-n // n_buckets)
+    if members > 16:  # whole tiles: members that are not there cost as much as others
+        members = -(-members // 32) * 32
+        n_buckets = -(-n // members)
     room = 4 * top
     while room < 4 * k + 2 * members:
         room *= 2

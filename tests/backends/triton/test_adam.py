@@ -11,7 +11,7 @@ if not os.environ.get("CI"):
 
 import sparsekern as sk
 from sparsekern.backends import reference, triton
-from sparsekern.backends.triton import adam, encode, plans, products
+from sparsekern.backends.triton import adam, encode, products
 from sparsekern.factors import OuterProducts
 
 pytestmark = pytest.mark.usefixtures("triton_device", "poisoned_memory")
@@ -25,14 +25,6 @@ def _short_pieces(monkeypatch):
     """So that latents of a few entries are long."""
     monkeypatch.setattr(products, "SPLIT", 4)
     monkeypatch.setattr(adam, "SPLIT", 4)
-
-
-@pytest.fixture(autouse=True)
-def _screen_of_the_interpreter(monkeypatch, triton_device):
-    """It neither rounds to bfloat16 nor multiplies it in tensor cores; float16 it does."""
-    if triton_device == "cpu":
-        monkeypatch.setattr(plans, "SCREEN_DTYPE", torch.float16)
-        monkeypatch.setattr(encode, "SCREEN_DTYPE", torch.float16)
 
 
 def random_weight(device):
@@ -152,15 +144,12 @@ def test_the_copy_follows_the_weight(triton_device, unit_rows, screen):
     assert encode.current_copy(weight) is kept
     assert not other.is_current(weight)
     fresh = encode.cast_rows(weight, kept.cast.rows.dtype)
-    scale = 1 if fresh.scale is None else weight.abs().amax(1, keepdim=True) / 448
-    assert (fresh.scale is None) == (screen == "auto")
-    rows = kept.cast.rows.float()
+    rows, scale = kept.cast.rows.float(), kept.cast.scale.unsqueeze(1)
     assert torch.equal(rows, fresh.rows.float())
-    if screen == "auto":
-        assert torch.equal(rows, weight.to(kept.cast.rows.dtype).float())
-    else:
-        assert torch.equal(kept.cast.scale, fresh.scale)
-        assert ((rows * scale - weight).abs() <= weight.abs() / 16 + scale / 512).all()
+    assert torch.equal(kept.cast.scale, fresh.scale)
+    torch.testing.assert_close(scale, weight.abs().amax(1, keepdim=True) / (448 if screen == "fp8" else 1))
+    share = 1 / 16 if screen == "fp8" else 1 / 2048
+    assert ((rows * scale - weight).abs() <= share * weight.abs() + scale / 512).all()
     torch.testing.assert_close(kept.cast.norm, weight.norm(dim=1), rtol=1e-6, atol=0)
     torch.testing.assert_close(kept.cast.error, (weight - rows * scale).norm(dim=1), rtol=1e-5, atol=1e-7)
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from sparsekern.backends import choose, reference, triton
-from sparsekern.backends.triton import adam, check, encode, products
+from sparsekern.backends.triton import adam, check, encode, plans, products
 from sparsekern.cli import app
 
 CUDA = torch.device("cuda", 0)
@@ -35,9 +35,16 @@ def unavailable(op, dtype=torch.float32):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", check.CASES)
-def test_right_kernels_pass(triton_device, op):
+def test_right_kernels_pass(monkeypatch, triton_device, op):
+    if triton_device == "cpu":
+        if op.endswith("bf16"):
+            pytest.skip("products of bfloat16 tiles are garbage in the interpreter of Triton 3.9")
+        if op.endswith("fp8"):
+            pytest.skip("takes minutes in the interpreter; test_encode.py has smaller cases")
+        monkeypatch.setattr(check, "WIDE", 701)
+        monkeypatch.setattr(plans, "MOST_KEYS", 3 * 64)
     for dtype in (torch.float32, torch.float16):
-        if dtype == torch.float32 or op not in (*check._FLOAT32_ONLY, "topk_encode"):
+        if dtype == torch.float32 or op not in check._FLOAT32_ONLY:
             result = check.run_one(op, dtype, torch.device(triton_device))
             assert result.passed, result
             assert result.error <= result.bound / 4
@@ -45,7 +52,7 @@ def test_right_kernels_pass(triton_device, op):
 
 def test_every_op_has_a_check():
     functions = set(triton._MODULES) - {"last_encode", "quantized", "SortedFactors", "clip_factor"}
-    assert functions == set(check.CASES)
+    assert functions == {name.split()[0] for name in check.CASES}
 
 
 def test_outcomes_are_remembered(monkeypatch, a_gpu):
@@ -106,7 +113,7 @@ def test_wrong_indices_are_noticed(monkeypatch, a_gpu):
 
     monkeypatch.setattr(encode, "topk_encode", wrong)
     case = torch.randn(5, 16), torch.randn(60, 16), torch.zeros(60), 4
-    monkeypatch.setattr(check, "_encode_cases", lambda dtype, n_wide: [case])
+    monkeypatch.setattr(check, "_encode_cases", lambda dtype: [case])
     with pytest.warns(RuntimeWarning, match="a latent outside the top k was taken|taken twice"):
         assert unavailable("topk_encode") is not None
 

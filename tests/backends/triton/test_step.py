@@ -11,21 +11,12 @@ if not os.environ.get("CI"):
 
 import sparsekern as sk
 from sparsekern.backends import triton
-from sparsekern.backends.triton import encode, plans
 from sparsekern.ops import _encoder, _sparse_decode
 
 pytestmark = pytest.mark.usefixtures("triton_device", "poisoned_memory")
 
 ROWS, D, N, K = 4, 10, 16, 2
 DEAD_AFTER = ROWS  # a latent that is silent in one batch is dead in the next
-
-
-@pytest.fixture(autouse=True)
-def _screen_of_the_interpreter(monkeypatch, triton_device):
-    """It neither rounds to bfloat16 nor multiplies it in tensor cores; float16 it does."""
-    if triton_device == "cpu":
-        monkeypatch.setattr(plans, "SCREEN_DTYPE", torch.float16)
-        monkeypatch.setattr(encode, "SCREEN_DTYPE", torch.float16)
 
 
 @pytest.fixture
