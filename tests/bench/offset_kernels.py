@@ -1,15 +1,17 @@
 """Small kernels, most of them deliberately wrong, and what is found in them: run without TRITON_INTERPRET, prints JSON.
 
-Each has one launch on a matrix of 2**32 elements.
+Each has one launch on a matrix of 2**32 elements. Then come the sums over latents, with as many entries as there can be
+and with more.
 """
 
 import json
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
-from sparsekern.backends.triton import _launch
+from sparsekern.backends.triton import _launch, products
 from sparsekern.bench import offsets
 
 ROWS, WIDTH = 2**20, 4096
@@ -114,5 +116,16 @@ def record_kernels():
         _launch.launch(kernel, (ROWS,), empty(ROWS, WIDTH), empty(ROWS, dtype=torch.int32), WIDTH, ROWS, BLOCK=WIDTH)
 
 
+def sums(entries):
+    """What is found in the sums over latents of so many entries, without the kernel that needs more than intervals."""
+    with mock.patch.object(products, "MOST_ENTRIES", entries):
+        values, indices = empty(entries, 1), empty(entries, 1, dtype=torch.int32)
+        held = offsets.contents((entries, 50, 1000, 1))
+        reports = found(lambda: products.scatter_outer(values, indices, empty(entries, 50), 1000), held)
+    del reports["_sum_pieces"]
+    return reports
+
+
 if __name__ == "__main__":
-    print(json.dumps({"kernels": found(record_kernels, {"latents": (-1, ROWS - 1)})}))
+    kernels = found(record_kernels, {"latents": (-1, ROWS - 1)})
+    print(json.dumps({"kernels": kernels, "most": sums(products.MOST_ENTRIES), "more": sums(2**31 - 1)}))

@@ -64,6 +64,12 @@ def test_wrong_kernels_are_found(found, name, problem):
     assert any(problem in one for one in problems), problems
 
 
+def test_sums_over_latents_hold_up_to_the_most_entries_that_they_accept(found):
+    assert set(found["most"]) == {"_count", "_place", "_order", "_scatter_outer"}
+    assert [report["problems"] for report in found["most"].values()] == [[]] * 4
+    assert {name for name, report in found["more"].items() if report["problems"]} == {"_order", "_scatter_outer"}
+
+
 IR = """
 module {
   tt.func public @kernel(%x: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("x"(#loc)), %n: i32 loc("n"(#loc))) {
