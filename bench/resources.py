@@ -110,27 +110,31 @@ def describe(launch: Any) -> Kernel:
     )
 
 
-def compile_kernel(kernel: Kernel, arch: int) -> Any:
-    """The compiled kernel, with its intermediate forms in ``asm``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source(kernel: Kernel) -> Any:
+    """What Triton compiles `kernel` from, an ``ASTSource``."""
     from triton.compiler import ASTSource
-
-    from sparsekern.backends.triton._launch import FUSION
 
     function = getattr(importlib.import_module(kernel.module), kernel.name)
     names = function.arg_names
     types = dict(zip(names, kernel.types, strict=False))
     constants = dict(kernel.constants)
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(
+    return ASTSource(
         fn=function,
-        signature=signature,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, yes in enumerate(kernel.aligned) if yes},
     )
+
+
+def compile_kernel(kernel: Kernel, arch: int) -> Any:
+    """The compiled kernel, with its intermediate forms in ``asm``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from sparsekern.backends.triton._launch import FUSION
+
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, **FUSION}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source(kernel), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def measure(kernel: Kernel, arch: int) -> Resources:

@@ -24,6 +24,9 @@ SPLIT = 128
 
 ENTRIES = 8  # rows that a program has in flight
 
+MOST_ENTRIES = 2**31 - SPLIT
+"""Entries that :class:`ByLatent` can sort: programs count 32 bits wide, up to SPLIT beyond the last entry."""
+
 
 def _block(d: int, most: int) -> int:
     """Columns of a tile over rows of `d` numbers."""
@@ -237,9 +240,9 @@ class ByLatent:
 
     def __init__(self, indices: Tensor, d_sae: int, k: int, row_of: Tensor | None = None) -> None:
         n, device = indices.numel(), indices.device
-        if n >= 2**31:
+        if n > MOST_ENTRIES:
             raise ValueError(
-                f"codes must have fewer than 2**31 entries for a gradient of the weights, got {n}; "
+                f"codes must have at most {MOST_ENTRIES} entries for a gradient of the weights, got {n}; "
                 "split the batch into smaller ones and add their gradients"
             )
         indices = indices.contiguous()

@@ -205,8 +205,8 @@ def test_entries_are_sorted_by_latent_and_long_ones_cut(triton_device, d_sae, la
 
 
 def test_too_many_entries_for_one_gradient():
-    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 entries .* got 2147483648; split the batch"):
-        products.ByLatent(torch.zeros(1, dtype=torch.int32).expand(2**31), 1, 1)
+    with pytest.raises(ValueError, match=r"at most 2147483520 entries .* got 2147483521; split the batch"):
+        products.ByLatent(torch.zeros(1, dtype=torch.int32).expand(products.MOST_ENTRIES + 1), 1, 1)
 
 
 def test_weights_of_more_than_two_billion_numbers(triton_device):
