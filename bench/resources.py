@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekern.bench.gpu import SHAPES
+
 ARCHS = (80, 89, 90)
 MOST_STACK = 64
 """Bytes of stack a thread, at most: registers spilled. The sorts of ``_repair`` leave a few words there on some
@@ -162,14 +164,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 Shape = tuple[int, int, int, int]
 
 CASES: dict[str, Shape] = {
-    # B, d, N, k
-    "D": (8192, 768, 32768, 32),
-    "F": (8192, 768, 131072, 32),
-    "B": (8192, 768, 2**20, 32),
-    "G": (16384, 2304, 65536, 64),
-    "A": (8192, 4096, 131072, 64),
-    "E": (65536, 2048, 65536, 64),
-    "W": (4096, 768, 2**22, 32),
+    **SHAPES,
     "small": (96, 50, 1000, 7),
     "AuxK": (8192, 768, 8192, 384),
 }

@@ -74,7 +74,7 @@ def _row_adam(
     weight, first_moment, second_moment, squares, hyper, needed,
     values, vectors, vector_stride, start, order, piece_start, pieces, k,
     other_values, other_vectors, other_stride, other_start, other_order, other_piece_start, other_pieces, other_k,
-    copy, copy_scale, copy_norm, copy_error, d, beta1, beta2, eps,
+    copy, copy_scale, copy_norm, copy_error, d, first_rate, second_rate, eps,
     TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr, LIMIT: tl.constexpr,
     SPLIT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +100,8 @@ def _row_adam(
             gradient *= tl.load(hyper + 2)
             m = tl.load(first_moment + place, mask=inside, other=0.0)
             v = tl.load(second_moment + place, mask=inside, other=0.0)
-            m += (1.0 - beta1) * (gradient - m)
-            v = beta2 * v + (1.0 - beta2) * gradient * gradient
+            m += first_rate * (gradient - m)
+            v += second_rate * (gradient * gradient - v)
             tl.store(first_moment + place, m, mask=inside)
             tl.store(second_moment + place, v, mask=inside)
             row -= tl.load(hyper) * m / (tl.sqrt(v) / tl.load(hyper + 1) + eps)
@@ -147,7 +147,7 @@ def _launch(
         *(_pointers(two) if two else (None, None, 0, None, None, None, None, 0)),
         *((None,) * 4 if copy is None else (copy.cast.rows, copy.cast.scale, copy.cast.norm, copy.cast.error)),
         d,
-        *betas,
+        *(1 - beta for beta in betas),  # here: in float32 1 - 0.999 would be off by 1e-5 of itself
         eps,
         TWO=two is not None,
         UNIT_ROWS=unit_rows,
@@ -167,17 +167,7 @@ def _pointers(part: _Part) -> tuple[Tensor | int, ...]:
 
 
 def clip_factor(factors: Sequence[tuple[SortedFactors, Tensor, bool]], rest: Tensor, clip_norm: float) -> Tensor:
-    """What to multiply all gradients by so that their norm is at most `clip_norm`, ``[]``, on the device.
-
-    Parameters
-    ----------
-    factors : sequence of (SortedFactors, Tensor, bool)
-        Gradients, their weights, and whether these have unit rows.
-    rest : Tensor []
-        Sum of squares of the other gradients.
-    clip_norm : float
-        Infinite for none.
-    """
+    """See :func:`sparsekern.backends.cpu.clip_factor`; the factor ``[]`` stays on the device."""
     bound = rest + torch.stack([found.square_bound() for found, _, _ in factors]).sum()
     needed = bound > clip_norm**2
     total = rest

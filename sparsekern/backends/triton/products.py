@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends.triton._launch import launch
+from sparsekern.codes import entry_rows
 
 SPLIT = 128
 """Entries of a latent that one program sums."""
@@ -149,7 +150,7 @@ def csr_gather_dot(grad: Tensor, crow: Tensor, col: Tensor, weight: Tensor) -> T
     """See :func:`sparsekern.backends.reference.csr_gather_dot`."""
     out = grad.new_empty(col.shape[0])
     grid = (triton.cdiv(col.shape[0], ENTRIES),)
-    _launch_gather_dot(grad, col.contiguous(), _row_of(crow, col.shape[0]), weight, out, 1, grid)
+    _launch_gather_dot(grad, col.contiguous(), entry_rows(crow, col).int(), weight, out, 1, grid)
     return out
 
 
@@ -174,12 +175,6 @@ def _launch_gather_dot(
         ENTRIES=ENTRIES,
         BLOCK=_block(d, 256),
     )
-
-
-def _row_of(crow: Tensor, n_entries: int) -> Tensor:
-    """The token of every entry of CSR codes, int32."""
-    tokens = torch.arange(crow.shape[0] - 1, dtype=torch.int32, device=crow.device)
-    return torch.repeat_interleave(tokens, crow.diff(), output_size=n_entries)
 
 
 # Entries sorted by latent
@@ -356,7 +351,7 @@ def scatter_outer(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> 
 
 def csr_scatter_outer(values: Tensor, crow: Tensor, col: Tensor, grad: Tensor, d_sae: int) -> Tensor:
     """See :func:`sparsekern.backends.reference.csr_scatter_outer`."""
-    return _launch_scatter_outer(values, ByLatent(col, d_sae, 1, _row_of(crow, col.shape[0])), grad, d_sae)
+    return _launch_scatter_outer(values, ByLatent(col, d_sae, 1, entry_rows(crow, col).int()), grad, d_sae)
 
 
 def _launch_scatter_outer(values: Tensor, sorted_entries: ByLatent, grad: Tensor, d_sae: int) -> Tensor:
