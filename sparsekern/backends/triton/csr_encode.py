@@ -129,7 +129,7 @@ def mark(
     counts = torch.zeros(rows, dtype=torch.int32, device=x.device)
     width = max(256, topk.PANEL_BYTES // (rows * operand.element_size()) // 256 * 256)
     for first in range(0, n, width):
-        panel = operand @ weights[first : first + width].T
+        panel = topk.panel_scores(operand, weights[first : first + width])
         launch(
             _mark,
             (triton.cdiv(rows, 4),),

@@ -665,7 +665,7 @@ def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: Enco
     members = max(1, min(plan.n_members, PANEL_BYTES // (rows * plan.n_buckets * x.element_size())))
     for first in range(0, plan.n_members, members):
         latents = w[first * plan.n_buckets : (first + members) * plan.n_buckets]
-        panel = x @ latents.T
+        panel = panel_scores(x, latents)
         merge_panel(keys, panel, screened, part, bias, plan, first, min(members, plan.n_members - first))
     return keys
 
@@ -675,6 +675,17 @@ def lowest_scores(keys: Tensor, plan: EncodePlan) -> Tensor:
     bits = keys.view(torch.int32)
     low = (1 << plan.member_bits) - 1
     return torch.where(bits >= 0, bits & ~low, bits | low).view(torch.float32)
+
+
+def panel_scores(x: Tensor, latents: Tensor) -> Tensor:
+    """``x @ latents.T`` with its sums in float32: the slack counts on that, and torch's defaults allow less."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
+    flags.allow_fp16_reduced_precision_reduction = flags.allow_bf16_reduced_precision_reduction = False
+    try:
+        return x @ latents.T
+    finally:
+        flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction = before
 
 
 def merge_panel(

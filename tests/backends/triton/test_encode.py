@@ -186,6 +186,24 @@ def test_latents_switched_off_by_their_bias_come_last(triton_device):
     assert (indices[values > 0] < 4).all()
 
 
+def test_panels_are_summed_in_float32():
+    flags = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    allowed = [getattr(flags, name) for name in names]
+    assert any(allowed)  # torch's defaults
+    seen = []
+
+    class Rows:
+        def __matmul__(self, other):
+            seen.extend(getattr(flags, name) for name in names)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        encode.panel_scores(Rows(), torch.ones(2, 2))
+    assert seen == [False, False]
+    assert [getattr(flags, name) for name in names] == allowed
+
+
 def test_plans():
     shapes = [(n, k) for n in (40, 5000, 12288, 12289, 24576, 2**17, 2**20, 2**22) for k in (1, 32, 64, 384)]
     for n, k in [*((n, min(k, n)) for n, k in shapes if (n, k) != (2**22, 384)), (10_000, 2048)]:
