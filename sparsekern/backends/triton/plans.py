@@ -130,7 +130,7 @@ def encode_plan(
         tile = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize]
         tile = tile if d * operand.itemsize % 16 == 0 else UNALIGNED
         tile = tile._replace(rows=max(16, min(tile.rows, 1 << (rows - 1).bit_length())))
-    elif precision == "tf32" and not torch.backends.cuda.matmul.allow_tf32:
+    elif precision == "tf32" and not _library_takes_tf32():
         precision = "ieee"
     panel = 0.0 if fused or operand == torch.float32 else 2.0 ** -_SIGNIFICANT_BITS[operand]
     statistical = operand == torch.float8_e4m3fn
@@ -141,7 +141,7 @@ def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tupl
     if screen == "fp8":
         return torch.float8_e4m3fn, "ieee"
     if screen == "none" or dtype != torch.float32:
-        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = dtype == torch.float32 and _library_takes_tf32()
         return dtype, "tf32" if tf32 else "ieee"
     # Rounding all weights costs six bytes each, which few tokens do not earn back: tf32 reads them as they are.
     if screen == "bf16":
@@ -149,6 +149,11 @@ def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tupl
     if screen == "fp16" or (screen == "auto" and (has_copy or rows >= 1024)):
         return SCREEN_DTYPE, "ieee"
     return torch.float32, "tf32"
+
+
+def _library_takes_tf32() -> bool:
+    """Whether this process lets float32 matmuls round their operands to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where it was set by this name
 
 
 def _buckets(n: int, k: int) -> tuple[int, int, int] | None:

@@ -1,6 +1,7 @@
 """The encoders of the Triton backend against float64: every path, number of keys, precision and kind of input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -202,6 +203,25 @@ def test_panels_are_summed_in_float32():
         encode.panel_scores(Rows(), torch.ones(2, 2))
     assert seen == [False, False]
     assert [getattr(flags, name) for name in names] == allowed
+
+
+@pytest.mark.parametrize("by", ["precision", "name"])
+def test_the_slack_follows_the_precision_of_the_library(by):
+    """`none` is the library's float32, which this process may have told to round."""
+    matmul = torch.backends.cuda.matmul
+    plan = partial(plans.encode_plan, 64, 768, 2**17, 32, torch.float32, "none", (9, 0), has_copy=False)
+    assert plan().precision == "ieee"
+    before = matmul.fp32_precision
+    try:
+        if by == "name":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert plan().precision == "tf32"
+        assert plan().tile is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_plans():
