@@ -7,7 +7,9 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -169,12 +171,15 @@ def train(
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {
+    found = {
         "sparsekern": sparsekern.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return found
 
 
 def _split(
