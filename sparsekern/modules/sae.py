@@ -169,18 +169,18 @@ class SAE(nn.Module):
         error = self.decode(codes) - target
         fvu = _fvu(error, target)
         parts = {"reconstruction": fvu}
+        if self.training and self.aux_coefficient > 0 and room != 0:
+            # The rows are gathered first: what follows costs in proportion to the dead latents only.
+            dead = dead_rows(self.dead_mask(), room)
+            if dead.rows.numel():
+                parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
+        total = torch.stack(list(parts.values())).sum()
         if self.training:
-            if self.aux_coefficient > 0 and room != 0:
-                # The rows are gathered first: what follows costs in proportion to the dead latents only.
-                dead = dead_rows(self.dead_mask(), room)
-                if dead.rows.numel():
-                    parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
             with torch.no_grad():
-                # A batch that is not finite changes nothing.
-                finite = fvu.isfinite()
+                # A batch that is not finite changes nothing, as in the optimizer.
+                finite = total.isfinite()
                 self.tokens_since_fired += x.shape[0] * finite
                 self.tokens_since_fired.masked_fill_((codes.firing_counts() > 0) & finite, 0)
-        total = torch.stack(list(parts.values())).sum()
         return LossOutput(total, parts, codes, fvu.detach())
 
     def dead_room(self) -> int | None:

@@ -30,6 +30,8 @@ def _mark(
     """A bit for each score of a panel that could be above the threshold, and how many of them there are in a row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     margin = tl.load(slack + row, mask=row < n_rows, other=0.0)
+    if SCALED:
+        by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
     found = tl.zeros([ROWS], tl.int32)
     for step in range(0, width, WORDS * 32):
         column = step + tl.arange(0, WORDS * 32)
@@ -37,7 +39,6 @@ def _mark(
         place = row.to(tl.int64)[:, None] * panel_stride + column[None, :]
         score = tl.load(panel + place, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
             by_column = tl.load(weight_scale + first + column, mask=first + column < n, other=0.0)
             score *= by_row[:, None] * by_column[None, :]
         if HAS_BIAS:
