@@ -3,7 +3,15 @@
 from sparsekern.backends import backends
 from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.modules import SAE, LossOutput, TopK
-from sparsekern.ops import batch_topk_encode, sparse_decode, threshold_encode, topk_encode
+from sparsekern.ops import (
+    batch_topk_encode,
+    route,
+    routed_topk_encode,
+    sparse_decode,
+    threshold_encode,
+    topk_encode,
+)
+from sparsekern.routing import Routing
 from sparsekern.training import Trainer, evaluate, train
 
 __version__ = "0.1.0"
@@ -12,6 +20,7 @@ __all__ = [
     "SAE",
     "CSRCodes",
     "LossOutput",
+    "Routing",
     "SparseCodes",
     "TopK",
     "Trainer",
@@ -19,6 +28,8 @@ __all__ = [
     "backends",
     "batch_topk_encode",
     "evaluate",
+    "route",
+    "routed_topk_encode",
     "sparse_decode",
     "threshold_encode",
     "topk_encode",

@@ -22,6 +22,12 @@ A backend is a module with the functions below, all with the same arguments and 
     -> ``[d_sae, d]``
 ``weighted_row_sum(coefficients, weight)``
     -> ``[d]``
+``route(x, weight, bias, n_active, gate)``, with a gate "softmax" or "sigmoid" and a bias that only selects
+    -> logits ``[B, E]``, gates ``[B, n_active]``, experts ``[B, n_active]`` int32, and what ``group_slots`` returns
+``group_slots(experts, n_experts)``
+    -> order ``[B · n_active]`` int32, offsets ``[E + 1]`` int32
+``routed_topk_encode(x, weight, bias, experts, order, offsets, k, per_expert, screen)``
+    -> values ``[B, k]``, indices ``[B, k]`` int32; with `per_expert` both ``[B, n_active · k]``
 
 and ``unavailable(op, device, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
@@ -58,6 +64,9 @@ OPS = (
     "csr_decode",
     "csr_gather_dot",
     "csr_scatter_outer",
+    "route",
+    "group_slots",
+    "routed_topk_encode",
 )
 
 _warned: set[str] = set()

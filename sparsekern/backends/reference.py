@@ -65,13 +65,20 @@ def _blocks(
 def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
     """Top k of ``x @ weight.T + bias`` in each row, then ReLU.
 
-    Latents are walked in panels with a running top k, so that only one panel of pre-activations exists at a time.
-
     Returns
     -------
     values [B, k], indices [B, k] int32; falling values, ties by rising index.
     """
-    values = x.new_empty(x.shape[0], k)
+    values, indices = _topk(x, weight, bias, k)
+    return values.relu_().to(x.dtype), indices
+
+
+def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`topk_encode` before the ReLU, in the dtype of comparisons.
+
+    Latents are walked in panels with a running top k, so that only one panel of pre-activations exists at a time.
+    """
+    values = x.new_empty(x.shape[0], k, dtype=_work_dtype(x.dtype))
     indices = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     for block, panels in _blocks(x, weight, bias, max(NARROWEST_PANEL, 4 * k)):
         best: tuple[Tensor, Tensor] | None = None
@@ -87,7 +94,7 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: 
             best = found
         assert best is not None
         values[block], indices[block] = best
-    return values.relu_(), indices
+    return values, indices
 
 
 def _stable_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,9 +107,87 @@ def _stable_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if tied.numel():
             full = pre[tied].sort(dim=1, descending=True, stable=True)
             values[tied], indices[tied] = full.values[:, :k], full.indices[:, :k]
+    return _in_order(values, indices)
+
+
+def _in_order(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by falling value, ties by rising index."""
     by_index = indices.argsort(dim=1)
     order = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
     return order.values, indices.gather(1, by_index).gather(1, order.indices)
+
+
+# Routing. A slot is one of a token's experts: slot b · n_active + j is the j-th of token b.
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, n_active: int, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The `n_active` experts with the largest ``x @ weight.T``, or with the largest gates plus `bias`.
+
+    Gates are the softmax over all experts, or the sigmoid, in the dtype of comparisons.
+
+    Returns
+    -------
+    logits [B, E], gates [B, n_active], experts [B, n_active] int32, order [B · n_active] int32, offsets [E + 1] int32.
+    """
+    work = _work_dtype(x.dtype)
+    logits = x.to(work) @ weight.to(work).T
+    gates = logits.softmax(1) if gate == "softmax" else logits.sigmoid()
+    scores = logits if bias is None else gates + bias.to(work)  # gates saturate, logits do not
+    _, experts = _stable_topk(scores, n_active)
+    return logits, gates.gather(1, experts), experts.int(), *group_slots(experts, weight.shape[0])
+
+
+def group_slots(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Slots by rising expert, in an expert by rising slot, and where each expert's begin.
+
+    Returns
+    -------
+    order [B · n_active] int32, offsets [n_experts + 1] int32.
+    """
+    sorted_experts, order = experts.flatten().long().sort(stable=True)
+    starts = torch.arange(n_experts + 1, device=experts.device)
+    return order.int(), torch.searchsorted(sorted_experts, starts).int()
+
+
+def routed_topk_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    k: int,
+    per_expert: bool,
+    screen: str,
+) -> tuple[Tensor, Tensor]:
+    """Top k of ``x @ weight.T + bias`` over the latents of each row's experts, or of each expert of it; then ReLU.
+
+    Looks at the offsets, so it waits for the device.
+
+    Returns
+    -------
+    values [B, k], indices [B, k] int32, in order as from :func:`topk_encode`; or [B, n_active · k] with `per_expert`,
+    expert by expert.
+    """
+    n_active, latents = experts.shape[1], weight.shape[0] // (offsets.shape[0] - 1)
+    width = min(k, latents)
+    values = x.new_empty(experts.numel(), width, dtype=_work_dtype(x.dtype))
+    indices = torch.empty(experts.numel(), width, dtype=torch.int32, device=x.device)
+    starts = offsets.tolist()
+    for expert, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if start == end:
+            continue
+        slots = order[start:end].long()
+        mine = slice(expert * latents, (expert + 1) * latents)
+        found = _topk(x[slots // n_active], weight[mine], None if bias is None else bias[mine], width)
+        values[slots], indices[slots] = found[0], found[1] + mine.start
+    values, indices = values.view(x.shape[0], -1), indices.view(x.shape[0], -1)
+    if not per_expert:
+        values, indices = _in_order(values, indices)
+        values, indices = values[:, :k], indices[:, :k]
+    return values.relu().to(x.dtype), indices.contiguous()
 
 
 # Codes of any number of latents a token. An entry is found by its position, row × N + latent, until all are known.

@@ -5,8 +5,17 @@ It holds no arithmetic of its own.
 """
 
 from sparsekern.ops._batch_topk_encode import batch_topk_encode
+from sparsekern.ops._route import route
+from sparsekern.ops._routed_topk_encode import routed_topk_encode
 from sparsekern.ops._sparse_decode import sparse_decode
 from sparsekern.ops._threshold_encode import threshold_encode
 from sparsekern.ops._topk_encode import topk_encode
 
-__all__ = ["batch_topk_encode", "sparse_decode", "threshold_encode", "topk_encode"]
+__all__ = [
+    "batch_topk_encode",
+    "route",
+    "routed_topk_encode",
+    "sparse_decode",
+    "threshold_encode",
+    "topk_encode",
+]

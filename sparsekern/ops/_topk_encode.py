@@ -76,16 +76,21 @@ def _(
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, center, _, _ = inputs
+def topk_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    """Saves what :func:`topk_backward` needs."""
+    x, weight, bias, center = inputs[:4]
     values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, weight, center, values, indices)
     ctx.has_bias = bias is not None
+    ctx.others = len(inputs) - 4
 
 
-def _backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
-    """``dz = grad · [z > 0]``, from which :func:`encoder_gradients` has the rest."""
+def topk_backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
+    """The backward pass of an encoder ``(x, weight, bias, center, …) -> (values, indices)``.
+
+    ``dz = grad · [z > 0]``, from which :func:`encoder_gradients` has the rest.
+    """
     _, weight, _, values, indices = ctx.saved_tensors
     dz = torch.where(values > 0, grad_values, 0)
     gradients = encoder_gradients(
@@ -95,7 +100,7 @@ def _backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
         weight_gradient=lambda vectors: weight_gradient(weight, dz, indices, vectors),
         tiny=dz.numel() <= weight.shape[0] // 4,
     )
-    return *gradients, None, None
+    return *gradients, *[None] * ctx.others
 
 
-_topk_encode.register_autograd(_backward, setup_context=_setup_context)
+_topk_encode.register_autograd(topk_backward, setup_context=topk_setup_context)
