@@ -253,13 +253,17 @@ def routed_topk_encode(
     (rows, active), (n, d), count = experts.shape, weight.shape, offsets.shape[0] - 1
     copy = _current_copy(weight)
     share = n // count
-    screened = d <= _WIDEST and screen != "none" and (
-        screen == "int8"
-        or (
-            isa() != "generic"
-            and share > max(_DIRECT_UP_TO, 4 * k)
-            and d >= 32
-            and (copy is not None or rows * active >= 8 * count)
+    screened = (
+        d <= _WIDEST
+        and screen != "none"
+        and (
+            screen == "int8"
+            or (
+                isa() != "generic"
+                and share > max(_DIRECT_UP_TO, 4 * k)
+                and d >= 32
+                and (copy is not None or rows * active >= 8 * count)
+            )
         )
     )
     order, offsets = order.contiguous(), offsets.contiguous()
