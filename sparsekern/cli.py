@@ -68,7 +68,7 @@ class TrainOptions(TrainConfig):
     latents: int | None = option(None, "latents; wins over the expansion", at_least=1)
     k: int = option(32, "active latents a token", at_least=1)
     experts: int = option(
-        1, "more than 1: a router sends each token to some of as many experts (SwitchSAE)", at_least=1
+        1, "of a mixture; with more than 1 a router sends each token to some of them (SwitchSAE)", at_least=1
     )
     active_experts: int = option(1, "experts a token", at_least=1)
     balance: str = option("loss", "what keeps experts evenly loaded", choices=("loss", "bias", "none"))
@@ -249,8 +249,8 @@ def train_command(
         "device": _device(options.device),
     }
     if options.experts > 1:
-        routed = {"n_experts": options.experts, "n_active": options.active_experts, "balance": options.balance}
-        sae: sk.SAE = sk.SwitchSAE(*shape, **routed, **common)
+        common |= {"n_experts": options.experts, "n_active": options.active_experts, "balance": options.balance}
+        sae: sk.SAE = sk.SwitchSAE(*shape, **common)
     else:
         sae = sk.SAE(*shape, **common)
     experts = f" in {options.experts} experts" if options.experts > 1 else ""

@@ -124,8 +124,8 @@ def loads_after(balance, steps=150, **options):
 
 
 def test_balancing_evens_the_loads():
-    # Over six seeds of the starting weights: largest load 1.42 to 3.03 (this seed: 1.89) and smallest .11 to .61 without
-    # balancing; 1.06 to 1.20 and .73 to .92 with either kind.
+    # Over six seeds of the starting weights: largest load 1.42 to 3.03 (this seed: 1.89) and smallest .11 to .61
+    # without balancing; 1.06 to 1.20 and .73 to .92 with either kind.
     assert loads_after("none", dead_expert_after=10**9)[0] > 1.4
     for balanced in (loads_after("loss", balance_coefficient=1.0), loads_after("bias", bias_rate=1e-2)):
         assert balanced[0] < 1.35
