@@ -17,10 +17,11 @@ constexpr int kTileRows = 4;
 constexpr bool kOffset = SPARSEKERN_LEVEL != 1;
 
 // out[r][l] = sum over c of packed[l][c] * xq[r][c] - offset[r], for kTileRows rows and the kPanel latents of one panel;
-// with packed[l][c] - 128 in place of packed[l][c] unless kOffset.
+// with packed[l][c] - 128 in place of packed[l][c] unless kOffset. Never inlined: among the variables of a caller the
+// compiler keeps the accumulators in memory, at half the speed.
 #if SPARSEKERN_LEVEL == 2
 
-inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+[[gnu::noinline]] void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
                          const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
     __m512i acc[kTileRows][4];
 #pragma GCC unroll 8
@@ -49,7 +50,7 @@ inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std:
 
 #elif SPARSEKERN_LEVEL == 1
 
-inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+[[gnu::noinline]] void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
                          const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
     // `vpmaddubsw` adds two products of an unsigned and a signed byte in 16 bits. |w| times x with w's sign fits, as
     // 2 * 127 * 127; the unsigned packed bytes times x would not.
@@ -84,7 +85,7 @@ inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std:
 
 #else
 
-inline void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
+[[gnu::noinline]] void tile_product(const std::uint8_t* packed, const std::int8_t* xq, std::int64_t x_stride, std::int64_t quads,
                          const std::int32_t* offset, std::int32_t (*out)[kPanel]) {
     for (int r = 0; r < kTileRows; ++r) std::fill_n(out[r], kPanel, -offset[r]);
     for (std::int64_t q = 0; q < quads; ++q)
@@ -114,7 +115,7 @@ constexpr std::int64_t kCandidateBytes = std::int64_t{128} << 20;
 constexpr std::int64_t kPackedBytes = std::int64_t{8} << 20;
 
 // The floor is first raised after this many latents, and then each time that as many again have been screened.
-constexpr std::int64_t kFirstTidy = 512;
+constexpr std::int64_t kFirstTidy = 256;
 
 // max |w[c]|; infinite when an entry is infinite or no number.
 float largest_size(const float* w, std::int64_t d) {
@@ -473,35 +474,36 @@ struct Scored {
     std::int32_t index;
 };
 
-// Falling scores, ties to the lower index.
-inline bool before(const Scored& a, const Scored& b) {
+// Falling scores, ties to the lower index. An object, because sorting algorithms call a function through a pointer.
+constexpr auto before = [](const Scored& a, const Scored& b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
-}
+};
 
-// The rows of a block (slots, for experts apart), and their candidates from the end of screening to the selection. A
-// row's candidates are its first Row::scored, of which `upper` now holds the exact score, then the others.
+// Some rows (or slots), all of whose latents are in [low, high), and their candidates from the end of screening to the
+// selection. A row's candidates are its first Row::scored, of which `upper` now holds the exact score, then the others.
 struct Rescoring {
     const Screen& screen;
     Row* rows;
+    const float* const* inputs;
+    const std::int32_t* places;  // of the results, from `top` on; -1 where there is none
+    std::int64_t top;
     std::int64_t count;
-    std::int64_t top;       // of the block, in the batch
-    std::int64_t per_row;   // of these in a row of the batch
-    std::int64_t capacity;  // of one's candidates
-    std::int32_t* start;    // [n + 1]
+    std::int64_t capacity;  // of a row's candidates
+    std::int64_t low, high;
+    int threads;
 
     struct Pair {
         std::int32_t row, candidate;
     };
     std::vector<Pair> pairs = {};
+    std::vector<std::int32_t> start = {};
 
-    const float* x(std::int64_t b) const { return screen.args.x + (top + b) / per_row * screen.args.x_stride; }
     const float* weight(std::int64_t i) const { return screen.args.weights.data + i * screen.args.weights.stride; }
     float bias(std::int64_t i) const { return screen.args.bias ? screen.args.bias[i] : 0; }
 
     template <class Body>
     void each_row(const Body& body) const {
-        const int threads = screen.args.threads;
-        parallel_for(count, threads, std::min<std::int64_t>(count, kPartsPerThread * threads),
+        parallel_for(count, threads, threads > 1 ? kPartsPerThread * threads : 1,
                      [&](std::int64_t begin, std::int64_t end) {
                          std::vector<float> scratch(capacity);
                          std::vector<Scored> scored;
@@ -547,24 +549,23 @@ struct Rescoring {
     // Scores what is queued, latent by latent: each row of the weights is read once, in order, where the rows of
     // the batch would read it from all over the memory, many times. Returns how many were scored.
     std::int64_t score() {
-        const std::int64_t n = screen.args.weights.n, d = screen.args.weights.d;
-        std::fill_n(start, n + 1, 0);
+        const std::int64_t n = high - low, d = screen.args.weights.d;
+        start.assign(n + 1, 0);
         for (std::int64_t b = 0; b < count; ++b)
-            for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c) ++start[rows[b].index[c] + 1];
+            for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c) ++start[rows[b].index[c] - low + 1];
         for (std::int64_t i = 0; i < n; ++i) start[i + 1] += start[i];
         const std::int64_t total = start[n];
         pairs.resize(total);
         for (std::int64_t b = 0; b < count; ++b)
             for (std::int32_t c = rows[b].scored; c < rows[b].queued; ++c)
-                pairs[start[rows[b].index[c]]++] = {static_cast<std::int32_t>(b), c};
-        const int threads = screen.args.threads;
-        parallel_for(total, threads, std::min<std::int64_t>(total, kPartsPerThread * threads),
+                pairs[start[rows[b].index[c] - low]++] = {static_cast<std::int32_t>(b), c};
+        parallel_for(total, threads, threads > 1 ? kPartsPerThread * threads : 1,
                      [&](std::int64_t begin, std::int64_t end) {
                          for (std::int64_t p = begin; p < end; ++p) {
                              Row& row = rows[pairs[p].row];
                              const std::int32_t i = row.index[pairs[p].candidate];
-                             const float* next = x(pairs[std::min(p + 1, total - 1)].row);
-                             row.upper[pairs[p].candidate] = dot(weight(i), x(pairs[p].row), d, next) + bias(i);
+                             const float* next = inputs[pairs[std::min(p + 1, total - 1)].row];
+                             row.upper[pairs[p].candidate] = dot(weight(i), inputs[pairs[p].row], d, next) + bias(i);
                          }
                      });
         for (std::int64_t b = 0; b < count; ++b) rows[b].scored = rows[b].queued;
@@ -578,13 +579,33 @@ struct Rescoring {
             scored.clear();
             for (std::int32_t c = 0; c < row.scored; ++c) scored.push_back({row.upper[c], row.index[c]});
             std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), before);
-            settle_near_ties(row, x(b), scored);
+            settle_near_ties(row, inputs[b], scored);
             std::sort(scored.begin(), scored.begin() + k, before);
+            const std::int64_t first = (top + places[b]) * k;
             for (std::int64_t j = 0; j < k; ++j) {
-                screen.args.values[(top + b) * k + j] = std::max(scored[j].score, 0.0f);
-                screen.args.index[(top + b) * k + j] = scored[j].index;
+                screen.args.values[first + j] = std::max(scored[j].score, 0.0f);
+                screen.args.index[first + j] = scored[j].index;
             }
         });
+    }
+
+    // From the candidates to the results; returns how many were scored.
+    std::int64_t run() {
+        const float finite = std::numeric_limits<float>::max();
+        const float* norm = screen.quantized.norm;
+        if (!std::all_of(norm + low, norm + high, [=](float length) { return length <= finite; }))
+            for (std::int64_t b = 0; b < count; ++b) give_up(rows[b]);
+        std::int64_t total = 0;
+        if (!screen.args.experts || screen.args.experts->screened) {
+            queue_best();
+            total += score();
+            queue_rest();
+            total += score();
+        }
+        select();
+        for (std::int64_t b = 0; b < count; ++b)
+            if (places[b] >= 0) screen.args.certain[top + places[b]] = rows[b].certain;
+        return total;
     }
 
     // Scores that float32 rounding could have moved across the k-th are ordered by their float64 values instead, so
@@ -629,11 +650,10 @@ void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) 
             apart += std::fabs(row.outlier[o]);
         }
         largest = 0;
-        for (std::int64_t c = 0, o = 0; c < d; ++c) {
-            if (o < screen.outliers && screen.outlier_column[o] == c)
-                ++o;
-            else
-                largest = std::max(largest, std::fabs(x[c]));
+        for (std::int64_t o = 0, from = 0; o <= screen.outliers; ++o) {  // between one outlier and the next
+            const std::int64_t to = o < screen.outliers ? screen.outlier_column[o] : d;
+            largest = std::max(largest, largest_size(x + from, to - from));
+            from = to + 1;
         }
     }
     if (largest > 0 && largest < kSmallest) return give_up(row);
@@ -763,7 +783,7 @@ std::int64_t encode(const EncodeArgs& args) {
     const std::int64_t n = args.weights.n, d = args.weights.d, width = padded_width(d), latents = padded_latents(n);
     const Experts* experts = args.experts;
     const std::int64_t active = experts ? experts->active : 1, share = n / (experts ? experts->count : 1);
-    const bool screened = !experts || experts->screened, apart = experts && experts->apart;
+    const bool screened = !experts || experts->screened, merged = active > 1 && !experts->apart;
     const std::int64_t tile = screened ? kTileRows : 1;
     Screen screen{args, {}, 0, 0, 0, 0, {}};
     const std::int64_t met = std::min(latents, padded_latents(share) + kPanel);  // an expert may begin within a panel
@@ -780,14 +800,12 @@ std::int64_t encode(const EncodeArgs& args) {
     const std::int64_t block_latents =
         args.quantized ? latents : std::min(latents, std::max(kPanel, kPackedBytes / width / kPanel * kPanel));
     Workspace workspace;
-    const auto rows = workspace.take<Row>(most_places);      // by place
-    const auto by_slot = workspace.take<Row>(block_slots);
-    const auto by_row = workspace.take<Row>(active > 1 && !apart ? block_rows : 0);
+    const auto rows = workspace.take<Row>(most_places);  // by place; then, where slots are merged, by row
+    const auto by_slot = workspace.take<Row>(merged ? block_slots : 0);
     const auto sources = workspace.take<const float*>(most_places);
     const auto xq = workspace.take<std::int8_t>(screened ? most_places * width : 0);
     const auto upper = workspace.take<float>(block_slots * screen.capacity + kPanel);
     const auto index = workspace.take<std::int32_t>(block_slots * screen.capacity + kPanel);
-    const auto start = workspace.take<std::int32_t>(n + 1);
     if (!screened) {
         screen.quantized.norm = workspace.take<float>(latents);
         std::fill_n(screen.quantized.norm, latents, 0.0f);
@@ -800,7 +818,7 @@ std::int64_t encode(const EncodeArgs& args) {
         screen.quantized.norm = workspace.take<float>(latents);
     }
 
-    std::int64_t rescored = 0;
+    std::atomic<std::int64_t> rescored{0};
     for (std::int64_t top = 0; top < args.rows; top += block_rows) {
         const std::int64_t count = std::min(block_rows, args.rows - top), slots = count * active;
         const Places places = places_of(experts, n, top * active, slots, tile, args.threads);
@@ -839,31 +857,34 @@ std::int64_t encode(const EncodeArgs& args) {
                 }
             });
         }
-        for (std::int64_t p = 0; p < used; ++p)
-            if (places.slot[p] >= 0) by_slot[places.slot[p]] = rows[p];
-        const bool merged = active > 1 && !apart;
-        if (merged)
+        if (!(largest_bias < kLargest))
+            for (std::int64_t p = 0; p < used; ++p) give_up(rows[p]);
+        if (!screened) rescored += slots * share;
+        if (merged) {
+            for (std::int64_t p = 0; p < used; ++p)
+                if (places.slot[p] >= 0) by_slot[places.slot[p]] = rows[p];
             parallel_for(count, args.threads, [&](std::int64_t begin, std::int64_t end) {
-                for (std::int64_t b = begin; b < end; ++b) by_row[b] = merge(by_slot + b * active, active);
+                for (std::int64_t b = begin; b < end; ++b) {
+                    rows[b] = merge(by_slot + b * active, active);
+                    sources[b] = args.x + (top + b) * args.x_stride;
+                }
             });
-        const bool finite = largest_bias < kLargest &&
-                            std::all_of(screen.quantized.norm, screen.quantized.norm + n,
-                                        [](float norm) { return norm <= std::numeric_limits<float>::max(); });
-        const std::int64_t found = merged ? count : slots, per_row = merged ? 1 : active;
-        Row* found_rows = merged ? by_row : by_slot;
-        for (std::int64_t b = 0; b < found; ++b)
-            if (!finite) give_up(found_rows[b]);
-        Rescoring rescoring{screen, found_rows, found, top * per_row, per_row, screen.capacity * (merged ? active : 1), start};
-        if (screened) {
-            rescoring.queue_best();
-            rescored += rescoring.score();
-            rescoring.queue_rest();
-            rescored += rescoring.score();
-        } else {
-            rescored += slots * share;
+            std::vector<std::int32_t> itself(count);
+            std::iota(itself.begin(), itself.end(), 0);
+            rescored += Rescoring{screen, rows, sources, itself.data(), top, count, screen.capacity * active, 0, n,
+                                  args.threads}.run();
+        } else if (!experts) {
+            rescored += Rescoring{screen, rows, sources, places.slot.data(), top, used, screen.capacity, 0, n,
+                                  args.threads}.run();
+        } else {  // expert by expert: its weights are in the cache when they are read again
+            parallel_for(meetings, args.threads, meetings, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t m = begin; m < end; ++m) {
+                    const Meeting& of = places.meetings[m];
+                    rescored += Rescoring{screen, rows + of.begin, sources + of.begin, places.slot.data() + of.begin,
+                                          top * active, of.end - of.begin, screen.capacity, of.low, of.high, 1}.run();
+                }
+            });
         }
-        rescoring.select();
-        for (std::int64_t b = 0; b < found; ++b) args.certain[top * per_row + b] = found_rows[b].certain;
     }
     return rescored;
 }
