@@ -32,7 +32,7 @@ namespace {
     }
     if (any && g.unit_rows) {
         const float* w = g.weight + i * g.d;
-        const float along = dot(w, row, g.d, row);
+        const float along = dot(w, row, g.d);
 #pragma omp simd
         for (std::int64_t c = 0; c < g.d; ++c) row[c] -= along * w[c];
     }
@@ -43,7 +43,7 @@ void gradient_squares(const RowGradient& g, float* squares, int threads) {
     parallel_for(g.n, threads, kPartsPerThread * threads, [&](std::int64_t begin, std::int64_t end) {
         std::vector<float> row(g.d);
         for (std::int64_t i = begin; i < end; ++i)
-            squares[i] = gradient_row(g, i, row.data()) ? dot(row.data(), row.data(), g.d, row.data()) : 0;
+            squares[i] = gradient_row(g, i, row.data()) ? dot(row.data(), row.data(), g.d) : 0;
     });
 }
 
@@ -92,7 +92,7 @@ void adam(const RowAdam& a, int threads) {
             bool changed = false;
             for (std::int64_t i = first; i < last; ++i) {
                 const bool any = gradient_row(a.gradient, i, gradient.data());
-                if (a.squares) a.squares[i] = any ? dot(gradient.data(), gradient.data(), d, gradient.data()) : 0;
+                if (a.squares) a.squares[i] = any ? dot(gradient.data(), gradient.data(), d) : 0;
                 float *w = a.weight + i * d, *m = a.mean + i * d, *v = a.square + i * d;
                 if (a.last) {
                     if (any) a.active[i] = a.step;

@@ -423,16 +423,17 @@ void screen_rows(const Screen& screen, Row* rows, const std::int8_t* xq, const M
 // ---------------------------------------------------------------------------------------------------------------------
 // Rescoring
 
-// <a, b>; `next` is what the caller reads next.
+// <a, b>; the other two are what the caller reads next.
 #if SPARSEKERN_LEVEL == 2
 
-inline float dot(const float* a, const float* b, std::int64_t d, const float* next) {
+inline float dot(const float* a, const float* b, std::int64_t d, const float* next_a, const float* next_b) {
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     std::int64_t c = 0;
     for (; c + 64 <= d; c += 64) {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) {
-            _mm_prefetch(reinterpret_cast<const char*>(next + c + 16 * u), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next_a + c + 16 * u), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next_b + c + 16 * u), _MM_HINT_T0);
             sum[u] = _mm512_fmadd_ps(_mm512_loadu_ps(a + c + 16 * u), _mm512_loadu_ps(b + c + 16 * u), sum[u]);
         }
     }
@@ -445,13 +446,15 @@ inline float dot(const float* a, const float* b, std::int64_t d, const float* ne
 
 #else
 
-inline float dot(const float* a, const float* b, std::int64_t d, const float* next) {
+inline float dot(const float* a, const float* b, std::int64_t d, const float* next_a, const float* next_b) {
     constexpr std::int64_t kLanes = 32;
     float lanes[kLanes] = {};
     std::int64_t c = 0;
     for (; c + kLanes <= d; c += kLanes) {
-        __builtin_prefetch(next + c);
-        __builtin_prefetch(next + c + 16);
+        for (std::int64_t l = 0; l < kLanes; l += 16) {
+            __builtin_prefetch(next_a + c + l);
+            __builtin_prefetch(next_b + c + l);
+        }
         for (std::int64_t l = 0; l < kLanes; ++l) lanes[l] += a[c + l] * b[c + l];
     }
     float sum = 0;
@@ -461,6 +464,8 @@ inline float dot(const float* a, const float* b, std::int64_t d, const float* ne
 }
 
 #endif
+
+inline float dot(const float* a, const float* b, std::int64_t d) { return dot(a, b, d, a, b); }
 
 double exact_dot(const float* a, const float* b, std::int64_t d) {
     double sum = 0;
@@ -564,8 +569,10 @@ struct Rescoring {
                          for (std::int64_t p = begin; p < end; ++p) {
                              Row& row = rows[pairs[p].row];
                              const std::int32_t i = row.index[pairs[p].candidate];
-                             const float* next = inputs[pairs[std::min(p + 1, total - 1)].row];
-                             row.upper[pairs[p].candidate] = dot(weight(i), inputs[pairs[p].row], d, next) + bias(i);
+                             const Pair& next = pairs[std::min(p + 1, total - 1)];
+                             const float* next_weight = weight(rows[next.row].index[next.candidate]);
+                             const float score = dot(weight(i), inputs[pairs[p].row], d, next_weight, inputs[next.row]);
+                             row.upper[pairs[p].candidate] = score + bias(i);
                          }
                      });
         for (std::int64_t b = 0; b < count; ++b) rows[b].scored = rows[b].queued;
@@ -716,7 +723,7 @@ void score_rows(const Screen& screen, Row* rows, const float* const* x, const Me
         if (first) screen.quantized.norm[i] = length(weight, w.d);
         for (std::int64_t b = of.begin; b < of.end; ++b) {
             Row& row = rows[b];
-            row.upper[row.count] = dot(weight, x[b], w.d, x[b + 1 < of.end ? b + 1 : of.begin]) +
+            row.upper[row.count] = dot(weight, x[b], w.d, weight, x[b + 1 < of.end ? b + 1 : of.begin]) +
                                    (screen.args.bias ? screen.args.bias[i] : 0);
             row.index[row.count++] = static_cast<std::int32_t>(i);
         }
