@@ -266,12 +266,15 @@ def _screen(
         if HAS_BIAS:
             score += tl.maximum(tl.load(bias + latent).to(tl.float32), LOWEST)[None, :]
         key = tl.where(real[None, :], _to_key(score, member[None, :], MEMBER_BITS), LOWEST)
-        cube = tl.reshape(key, [ROWS, MEMBERS, BUCKETS])
-        for turn in tl.static_range(KEEP):
-            top = tl.max(cube, axis=1)
-            if turn + 1 < KEEP:
-                cube = tl.where(cube == tl.expand_dims(top, 1), LOWEST, cube)
-            first, second, third = _insert(first, second, third, top, KEEP)
+        if MEMBERS == 1:
+            first, second, third = _insert(first, second, third, key, KEEP)
+        else:
+            cube = tl.reshape(key, [ROWS, MEMBERS, BUCKETS])
+            for turn in tl.static_range(KEEP):
+                top = tl.max(cube, axis=1)
+                if turn + 1 < KEEP:
+                    cube = tl.where(cube == tl.expand_dims(top, 1), LOWEST, cube)
+                first, second, third = _insert(first, second, third, top, KEEP)
     mine = bucket + tl.arange(0, BUCKETS)
     wanted = inside[:, None] & (mine < n_buckets)[None, :]
     _store_keys(keys, first, second, third, row, mine, wanted, n_buckets, KEEP)
@@ -851,7 +854,7 @@ def finish(
     indices: Tensor,
     slots: Slots | None = None,
 ) -> None:
-    """From keys to codes: select, rescore, repair, take. Several rows of codes may be of one token, by their `slots`."""
+    """From keys to codes: select, rescore, repair, take. With `slots`, several rows of codes may be of one token."""
     rows, (n, d) = values.shape[0], weight.shape
     owned, experts, owners, share = n, None, None, 1
     if slots is not None:

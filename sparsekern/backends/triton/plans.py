@@ -167,13 +167,14 @@ def routed_plan(
     operand, precision = _operand(load, dtype, screen, has_copy)
     if operand == torch.float32:
         precision = "tf32"
-    tile = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize]
-    tile = tile if d * operand.itemsize % 16 == 0 else UNALIGNED
+    aligned = d * operand.itemsize % 16 == 0
+    whole = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize] if aligned else UNALIGNED
+    # With few members more buckets, as far as registers go: each keeps its keys there.
+    members = min(whole.members, 1 << (n_members - 1).bit_length())
+    columns = 256 if members == 32 else 128 if aligned else 64
     # The last tile of an expert is only partly full: lower ones waste less. Not measured yet.
-    rows = tile.rows if load >= 512 else min(tile.rows, 64)
-    members = min(tile.members, 1 << (n_members - 1).bit_length())
-    columns = tile.buckets * tile.members if members >= 16 else 128
-    tile = tile._replace(rows=rows, buckets=columns // members, members=members)
+    rows = whole.rows if load >= 512 and members >= 16 else min(whole.rows, 64)
+    tile = whole._replace(rows=rows, buckets=columns // members, members=members)
     return EncodePlan(operand, precision, n_owners * across, n_members, keep, room, tile, 0.0, False)
 
 

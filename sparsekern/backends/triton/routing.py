@@ -26,8 +26,8 @@ from sparsekern.backends import reference
 from sparsekern.backends.triton import encode, plans
 from sparsekern.backends.triton._launch import launch
 
-MOST_EXPERTS = 512
-"""Experts whose logits one program holds in registers."""
+GATE_TILES = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 8), 128: (32, 32, 4), 256: (32, 16, 8), 512: (16, 16, 8)}
+"""Tokens, depth and warps of a program, by the number of experts it holds logits of: what compiles without spills."""
 
 MOST_ACTIVE = 32
 """Experts of a token that it chooses one after the other."""
@@ -91,7 +91,7 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.route`."""
     (n, d), n_experts = x.shape, weight.shape[0]
-    if n_experts > MOST_EXPERTS or n_active > MOST_ACTIVE:
+    if n_experts > max(GATE_TILES) or n_active > MOST_ACTIVE:
         return _route_by_library(x, weight, bias, n_active, gate)
     x = x if x.stride(1) == 1 or d == 1 else x.contiguous()
     weight = weight if weight.stride(1) == 1 or d == 1 else weight.contiguous()
@@ -99,7 +99,7 @@ def route(
     gates = torch.empty(n, n_active, dtype=torch.float32, device=x.device)
     experts = torch.empty(n, n_active, dtype=torch.int32, device=x.device)
     width = max(16, triton.next_power_of_2(n_experts))
-    rows = 32 if width <= 128 else 16
+    rows, depth, warps = GATE_TILES[width]
     blocks = triton.cdiv(n, rows)
     counts = torch.empty(n_experts, blocks, dtype=torch.int32, device=x.device)
     launch(
@@ -123,8 +123,8 @@ def route(
         HAS_BIAS=bias is not None,
         ROWS=rows,
         EXPERTS=width,
-        DEPTH=32 if width <= 128 else 16,
-        num_warps=4 if width <= 128 else 8,
+        DEPTH=depth,
+        num_warps=warps,
     )
     return logits, gates, experts, *_place_slots(experts, counts, rows * n_active)
 
