@@ -226,13 +226,14 @@ def test_crowded_buckets_are_opened(monkeypatch, triton_device, keep, per_expert
     stats = triton.last_encode()
     assert stats.rows == (8 if per_expert else 4)
     assert int(stats.repaired) == 0
-    assert int(stats.rescored) >= 5 * stats.rows + 6 - keep
+    beyond = int(stats.rescored) - (5 * stats.rows + 7 - keep)
+    assert 0 <= beyond <= (4 if keep == 3 else 8 * stats.rows)  # few other buckets
 
 
 def test_chunks_change_nothing(monkeypatch, triton_device):
     """Each groups its slots anew, and repairs the token of which all latents tie."""
     few_buckets(monkeypatch, across=8, room=32)
-    (x, weight, _), routed = problem(5, 24, 5, 2, 40, crowd=True)
+    (x, weight, _), routed = problem(5, 24, 5, 2, 40)
     x[4] = 0
     for per_expert, selections, owners in ((False, 1, 2), (True, 2, 1)):
         with monkeypatch.context() as patch:
@@ -274,6 +275,18 @@ def test_a_copy_is_used_while_it_is_current(monkeypatch, triton_device):
     assert encode_now() == ([3], 3)
     del copy
     assert encode_now() == ([], 0)  # few tokens: tf32 reads the weights as they are
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_each_token_has_its_own_slack(triton_device, per_expert):
+    """Scores that float16 cannot tell apart, of one token that is enormous beside the others."""
+    x = torch.randn(4, 24) * torch.tensor([1e-3, 1e3, 1e-3, 1e-3]).unsqueeze(1)
+    weight = torch.randn(24) + 3e-4 * torch.randn(120, 24)
+    experts = torch.tensor([[0, 2], [2, 1], [0, 1], [1, 0]], dtype=torch.int32)
+    routed = [experts, *reference.group_slots(experts, 3)]
+    _, indices = run(triton_device, [x, weight, None], routed, 4, per_expert, "fp16")
+    expected = reference.routed_topk_encode(x.double(), weight.double(), None, *routed, 4, per_expert, "none")
+    assert torch.equal(indices.cpu(), expected[1])
 
 
 def test_nothing_waits_for_the_device(monkeypatch, triton_device, no_waiting):
