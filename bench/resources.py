@@ -27,7 +27,7 @@ from sparsekern.bench.gpu import SHAPES
 ARCHS = (80, 89, 90)
 MOST_STACK = 64
 """Bytes of stack a thread, at most: registers spilled. ``_repair`` leaves a few words there, at half of the
-registers, and ``_select`` on sm_80."""
+registers, ``_select`` on sm_80, and ``_gate`` on sm_90."""
 MOST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
