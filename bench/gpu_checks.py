@@ -26,6 +26,7 @@ from sparsekern.ops._sparse_decode import _gather_dot, _scatter_outer
 ROWS, LATENTS = 64, 64  # compared in float64
 SLACK = 1e-6
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a float32 score, as a share of ‖x‖ · ‖w‖
+ROUTINGS = ((8, 2), (32, 1), (128, 1))  # experts, and how many a token has
 STEPS = 3
 MOST_MOVED = 0.02  # error of all latents' steps together, near ties included
 
@@ -68,6 +69,10 @@ def of_case(case: Case, device: torch.device, seed: int, *, steps: bool) -> Iter
         problem = Problem(case, device, dtype, seed)
         for screen in ["auto", *served(problem.weight)[0]]:
             yield _entry(case, f"topk_encode, {screen}", dtype, lambda s=screen, p=problem: encode(p, s))  # type: ignore[misc]
+        for n_experts, n_active in ROUTINGS:
+            if case.d_sae % n_experts == 0 and case.k <= case.d_sae // n_experts:
+                name = f"routed_topk_encode, {n_active} of {n_experts} experts"
+                yield _entry(case, name, dtype, lambda e=n_experts, a=n_active, p=problem: routed(p, e, a))  # type: ignore[misc]
         for name, check in PRODUCTS.items():
             yield _entry(case, name, dtype, lambda c=check, p=problem: c(p))  # type: ignore[misc]
         del problem
@@ -149,6 +154,52 @@ def encode(problem: Problem, screen: str) -> Check:
         same,
         1 - missed.double().mean().item(),
         int(wrong.sum()),
+    )
+
+
+def routed(problem: Problem, n_experts: int, n_active: int) -> Check:
+    """``route`` and ``routed_topk_encode``: some rows beside the best latents of their experts in float64."""
+    x, weight, bias, rows, k = problem.x, problem.weight, problem.bias, problem.rows, problem.case.k
+    router = normalize(torch.randn(n_experts, x.shape[1], device=x.device), dim=1).to(x.dtype)
+
+    def call() -> tuple[Tensor, ...]:
+        route = sk.route(x, router, n_active)
+        return *sk.routed_topk_encode(x, weight, bias, route, k)[:2], *route
+
+    (values, indices, experts, gates, order, offsets, logits), same = problem.twice(call)
+    grouped = reference.group_slots(experts, n_experts)
+    wrong = sum(int((a != b).sum()) for a, b in zip((order, offsets), grouped, strict=True))
+    exact_logits = x[rows].double() @ router.double().T
+    chosen_logits = exact_logits.gather(1, experts[rows].long())
+    reach = x[rows].double().norm(dim=1, keepdim=True)  # times 1, the norm of the router's rows
+    cut = exact_logits.topk(n_active).values[:, -1:]
+    wrong += int((chosen_logits < cut - ROUNDING * reach).sum())
+
+    def of_experts(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        mine = experts[rows]
+        return reference.routed_topk_encode(
+            x[rows].to(dtype), weight, bias, mine, *reference.group_slots(mine, n_experts), k, False, "none"
+        )
+
+    def scores(of: Tensor) -> Tensor:
+        products = [weight[i].double() @ row for i, row in zip(of.long(), x[rows].double(), strict=True)]
+        return torch.stack(products) + bias[of.long()].double()
+
+    best, exact = of_experts(torch.float64)
+    single, at = of_experts(x.dtype)
+    chosen, true = indices[rows], scores(indices[rows])
+    missed = ~(chosen.unsqueeze(2) == exact.unsqueeze(1)).any(2)
+    reach = reach * weight.norm(dim=1).max().double() + bias.abs().max()
+    wrong += int((missed & (true.relu() < best[:, -1:] - ROUNDING * reach)).sum())
+    wrong += int((chosen // (len(weight) // n_experts)).unsqueeze(2).ne(experts[rows].unsqueeze(1)).all(2).sum())
+    return Check(
+        "routed_topk_encode",
+        _name(x.dtype),
+        relative(values[rows], true.relu()),
+        2 * relative(single, scores(at).relu()) + SLACK,
+        same and bool(values.isfinite().all() and gates.isfinite().all() and logits.isfinite().all()),
+        1 - missed.double().mean().item(),
+        wrong,
     )
 
 

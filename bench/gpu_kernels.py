@@ -8,6 +8,7 @@ encode                cuBLAS in bfloat16 alone, and with ``torch.topk`` behind i
 decode                ``torch.nn.functional.embedding_bag``
 backward              the backward pass of ``embedding_bag``
 update                torch on dense gradients that are there already: projection, clipping, fused Adam, unit norm
+routed                ``topk_encode`` over all latents
 ====================  ====================================================================================
 """
 
@@ -43,12 +44,20 @@ MADE_TOKENS = 8192
 PATH_VARIABLE, PATHS = "SPARSEKERN_TRITON_ENCODE", ("fused", "chunked")
 
 
+EXPERTS, ACTIVE = (8, 32, 128), (1, 2)
+"""Experts, and how many of them a token has, that routed encoders are timed with."""
+
+
 class Kernel(NamedTuple):
-    """What is timed, what it has to do, and the kernel of the same group that it is compared with."""
+    """What is timed, what it has to do, and the kernel of the same group that it is compared with.
+
+    `least` is the ratio to that one which the work leaves, where it is known.
+    """
 
     call: Call
     work: Work
     against: str | None = None
+    least: float | None = None
 
 
 def batches(case: Case, device: torch.device, seed: int) -> list[Tensor]:
@@ -301,15 +310,46 @@ def update(subject: Subject) -> dict[str, Kernel]:
     }
 
 
+def routed(subject: Subject) -> dict[str, Kernel]:
+    """``routed_topk_encode`` behind a router of random rows, and that router."""
+    case, k, base = subject.case, subject.case.k, "topk_encode, all experts"
+    weight, bias, _ = subject.weights
+    center = subject.sae.b_dec.detach()
+    work = roofs.encode(case, subject.touched())
+    found = {base: Kernel(lambda turn: sk.topk_encode(subject.x(turn), weight, bias, k, center=center), work)}
+    for n_experts in EXPERTS:
+        router = torch.randn(n_experts, case.d, device=weight.device)
+        for n_active in ACTIVE:
+            if case.d_sae % n_experts or k > n_active * case.d_sae // n_experts:
+                continue
+            routes = [sk.route(x, router, n_active, center=center) for x in subject.batches]
+
+            def encode_routed(turn: int, routes: list[sk.Routing] = routes) -> object:
+                return sk.routed_topk_encode(subject.x(turn), weight, bias, routes[turn % BATCHES], k, center=center)
+
+            def route(turn: int, router: Tensor = router, n_active: int = n_active) -> object:
+                return sk.route(subject.x(turn), router, n_active, center=center)
+
+            name = f"{n_active} of {n_experts} experts"
+            found[f"routed_topk_encode, {name}"] = Kernel(
+                encode_routed,
+                roofs.routed_encode(case, n_experts, n_active),
+                base,
+                roofs.least_routed_ratio(case, n_experts, n_active),
+            )
+            found[f"route, {name}"] = Kernel(route, roofs.route(case, n_experts))
+    return found
+
+
 GROUPS: dict[str, Callable[[Subject], dict[str, Kernel]]] = {
-    group.__name__: group for group in (encode, decode, backward, update)
+    group.__name__: group for group in (encode, decode, backward, update, routed)
 }
 
 
 def needs(case: Case, group: str) -> float:
     """Bytes, about, that a group takes beyond the weights and the optimizer's state."""
     weight, batch = 4 * case.d_sae * case.d, 4 * case.rows * case.d
-    weights = {"encode": 2, "decode": 0, "backward": 2, "update": 11}[group]
+    weights = {"encode": 2, "decode": 0, "backward": 2, "update": 11, "routed": 1}[group]
     return weights * weight + 3 * batch + 2**28
 
 
@@ -363,6 +403,8 @@ def measure(
         if base in measured:
             pairs = zip(entry["all_ms"], measured[base]["all_ms"], strict=True)
             entry |= {"against": base, "over": record.spread([one / other for one, other in pairs])}
+        if kernels[name].least is not None:
+            entry["least"] = kernels[name].least
     for entry in measured.values():
         del entry["all_ms"]
     return measured, failed

@@ -115,7 +115,7 @@ def kernels(case: Record) -> Grid:
     rows = []
     for name, found in case["kernels"].items():
         ms, over, floor = found["ms"]["median"], found.get("over"), found["floor_ms"]
-        ahead = over is not None and over["median"] > 1 and not name.startswith(("topk_encode", "matmul"))
+        ahead = over is not None and over["median"] > 1 and not name.startswith(("topk_encode", "matmul", "routed"))
         rows.append(
             [
                 name,
@@ -147,6 +147,17 @@ def kernels(case: Record) -> Grid:
     first = case.get("first_step_s")
     start = ", weights as they start" if first is None else f", first step {first:.1f} s"
     return Grid(f"kernels at {title(case)}: {heading(case)}{start}", header, rows)
+
+
+def routed(case: Record) -> Grid:
+    """Routed encoders beside the dense one, and beside what their work leaves of its time."""
+    rows = []
+    for name, found in case["kernels"].items():
+        if "least" in found and "over" in found:
+            over = found["over"]["median"]
+            rows.append([name, f"{over:.3f}", f"{found['least']:.3f}", f"{over / found['least']:.2f}"])
+    header = ["", "÷ dense", f"max(e/E, {roofs.BALANCE}/B)", "÷ that"]
+    return Grid(f"routed encoders at {title(case)}: {heading(case)}", header, rows)
 
 
 def steps(case: Record) -> Grid:
@@ -222,7 +233,7 @@ def tables(record: Record) -> list[Grid]:
     """Everything that a record has to show."""
     grids = [targets(record), ceilings(record)]
     for case in record["cases"]:
-        grids += [kernels(case), steps(case)]
+        grids += [kernels(case), routed(case), steps(case)]
     return [grid for grid in [*grids, checks(record)] if grid.rows]
 
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sparsekern.bench.resources import CASES, Kernel, Shape, describe, launches, source
+from sparsekern.bench.resources import CASES, ROUTINGS, Kernel, Shape, describe, launches, routed_launches, source
 
 ARCH = 90
 LARGE = 2**31
@@ -75,6 +75,16 @@ def contents(shape: Shape) -> dict[str, Interval]:
     found |= {"indices": latent, "candidates": latent, "col": latent, "placed": entry, "cursor": place, "crow": place}
     # Where a count stands for "too many" it is the largest number there is.
     return found | {"row_of": (0, rows - 1), "piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
+
+
+def routed_contents(shape: Shape, routing: tuple[int, int]) -> dict[str, Interval]:
+    """The same for what :func:`~sparsekern.bench.resources.routed_launches` launches."""
+    (rows, *_), (n_experts, n_active) = shape, routing
+    slots = rows * n_active
+    found = contents(shape) | {"experts": (0, n_experts - 1), "order": (0, slots - 1)}
+    # A tile has 16 slots at least; those that are not there say so by an expert that is not there either.
+    found |= {"offsets": (0, slots), "first_tile": (0, slots // 16 + n_experts), "tile_expert": (0, n_experts)}
+    return found | {"place": (0, slots)}
 
 
 # The IR
@@ -446,7 +456,10 @@ def reports(shapes: dict[str, Shape], arch: int = ARCH) -> list[tuple[str, Repor
     texts: dict[Kernel, str] = {}
     found = []
     for case, shape in shapes.items():
-        for kernel, setting in settings(launches(shape, arch), contents(shape)).items():
+        recorded = [settings(launches(shape, arch), contents(shape))]
+        for routing in ROUTINGS:
+            recorded.append(settings(routed_launches(shape, routing, arch), routed_contents(shape, routing)))
+        for kernel, setting in (pair for fixed in recorded for pair in fixed.items()):
             if kernel not in texts:
                 texts[kernel] = lower(kernel, arch)
             found.append((case, analyse(kernel.name, texts[kernel], setting)))

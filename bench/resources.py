@@ -27,7 +27,7 @@ from sparsekern.bench.gpu import SHAPES
 ARCHS = (80, 89, 90)
 MOST_STACK = 64
 """Bytes of stack a thread, at most: registers spilled. ``_repair`` leaves a few words there, at half of the
-registers, and ``_select`` on sm_80."""
+registers, ``_select`` on sm_80, and ``_gate`` on sm_90."""
 MOST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block can have."""
 
@@ -170,6 +170,9 @@ CASES: dict[str, Shape] = {
 }
 """The shapes whose launches are compiled: those of the GPU benchmark, an odd small one, and one of AuxK."""
 
+ROUTINGS = ((8, 1), (8, 2), (32, 2), (64, 2), (128, 2), (200, 1), (512, 2))
+"""Experts, and how many of them a token has, that routers and routed encoders are compiled for."""
+
 
 def launches(shape: Shape, arch: int) -> list[Any]:
     """Every launch of one training step at `shape` on one architecture, and of the other ways to encode."""
@@ -225,12 +228,36 @@ def launches(shape: Shape, arch: int) -> list[Any]:
     return found
 
 
+def routed_launches(shape: Shape, routing: tuple[int, int], arch: int) -> list[Any]:
+    """Every launch of one router, and of the encoders behind it, at `shape` on one architecture."""
+    from sparsekern.backends import triton
+    from sparsekern.backends.triton import _launch, plans
+
+    (rows, d, n, k), (n_experts, n_active) = shape, routing
+    plans.assumed_capability = divmod(arch, 10)
+    with _launch.recording() as found:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            _, _, experts, *_ = triton.route(x, weight[:n_experts], bias[:n_experts], n_active, "softmax")
+            if dtype == torch.float32:
+                triton.route(x, weight[:n_experts], None, n_active, "sigmoid")
+            if n % n_experts or k > n // n_experts:
+                continue
+            routed = (experts, *triton.group_slots(experts, n_experts))
+            triton.routed_topk_encode(x, weight, bias, *routed, k, False, "auto")
+            if dtype == torch.float32:
+                triton.routed_topk_encode(x, weight, bias, *routed, k, False, "none")
+                triton.routed_topk_encode(x, weight, None, *routed, k, True, "auto")
+    return found
+
+
 def jobs(cases: Sequence[str]) -> list[tuple[Kernel, int]]:
     """The distinct kernels of some cases, with the architecture that they would be compiled for."""
     found: dict[tuple[Kernel, int], None] = {}
     for arch in ARCHS:
         for case in cases:
-            for launch in launches(CASES[case], arch):
+            routed = (one for routing in ROUTINGS for one in routed_launches(CASES[case], routing, arch))
+            for launch in (*launches(CASES[case], arch), *routed):
                 kernel = describe(launch)
                 # sm_89 is compiled for what it has and sm_80 has not.
                 if arch != 89 or "*fp8e4nv" in kernel.types:

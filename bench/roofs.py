@@ -48,6 +48,28 @@ def encode(case: Case, touched: int, screen: str = "bf16", weight_bytes: int = 4
     return Work(2 * b * n * d, screen_bytes * n * d + rescored + weight_bytes * b * d + 8 * b * k, unit)
 
 
+BALANCE = 267
+"""Tokens for which a latent's row has to be used before the tensor cores, and no longer the memory that it comes from,
+set the time of a matmul: those of 800 TFLOP/s in bfloat16 beside 3 TB/s."""
+
+
+def routed_encode(case: Case, n_experts: int, n_active: int) -> Work:
+    """:func:`encode` of the latents of each token's experts alone; all weights of the screen's width are read."""
+    whole = encode(case, min(case.d_sae, case.rows * case.k))
+    return whole._replace(flops=whole.flops * n_active / n_experts)
+
+
+def least_routed_ratio(case: Case, n_experts: int, n_active: int) -> float:
+    """Least time of a routed screen as a share of a dense one's: by operations, and by reading the weights."""
+    return max(n_active / n_experts, BALANCE / case.rows)
+
+
+def route(case: Case, n_experts: int) -> Work:
+    """Logits of a router, in full float32."""
+    b, d, _, _ = _sizes(case)
+    return Work(2 * b * d * n_experts, 4 * (b * d + n_experts * d + b * n_experts), "fp32")
+
+
 def products(case: Case, touched: int) -> Work:
     """``sparse_decode`` or ``gather_dot``: the touched rows, one ``B × d`` tensor, values and indices."""
     b, d, _, k = _sizes(case)

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Triton reads this when it is imported, and torch imports it late.
 if not torch.cuda.is_available():
@@ -73,3 +74,33 @@ def interruptible():
         return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
     return start
+
+
+@pytest.fixture
+def no_waiting():
+    """A context that refuses what would wait for a device."""
+    return NoWaiting
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a device, also inside the ops of this package."""
+
+    waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "lift_fresh")
+    waits += ("unique_dim", "_unique", "_unique2", "unique_consecutive")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        namespace, name = func._schema.name.split("::")
+        if namespace == "sparsekern":
+            with self:
+                return torch._library.custom_ops.OPDEFS[f"sparsekern::{name}"]._init_fn(*args, **kwargs)
+        masked = "index" in name and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for arg in args[1:]
+            if isinstance(arg, list | tuple)
+            for index in arg
+        )
+        sized = name != "repeat_interleave" or kwargs.get("output_size") is not None
+        if name in self.waits or masked or not sized:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **kwargs)

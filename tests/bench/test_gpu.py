@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.backends import reference
 from sparsekern.bench import gpu, gpu_checks, gpu_kernels, gpu_steps, gpu_table, memory, plot, roofs, timing
 from sparsekern.bench.contenders import ENTRIES
 from sparsekern.bench.options import Case
@@ -59,7 +60,8 @@ def test_the_rehearsal_runs_everything(rehearsal):
     assert all(entry["passed"] for entry in entries)
     ran = {(entry["shape"], entry["check"], entry["dtype"]) for entry in entries}
     for shape in ("x", "y"):
-        for check in ("topk_encode, auto", "sparse_decode", "gather_dot", "scatter_outer"):
+        routed = "routed_topk_encode, 2 of 8 experts"
+        for check in ("topk_encode, auto", routed, "sparse_decode", "gather_dot", "scatter_outer"):
             assert {(shape, check, "float32"), (shape, check, "bfloat16")} <= ran
         assert (shape, "Trainer.step, 3 times", "float32") in ran
 
@@ -77,6 +79,7 @@ def test_the_rehearsal_runs_everything(rehearsal):
         kernels = set(case["kernels"])
         assert {"matmul, bf16", "matmul and torch.topk", "topk_encode", "topk_encode, bf16 weights"} <= kernels
         assert {"sparse_decode", "embedding_bag", gpu_table.BACKWARD} <= kernels
+        assert ("routed_topk_encode, 2 of 8 experts" in kernels) == (case["data"] == "zipf")
         assert (gpu_table.UPDATE in kernels) == (case["data"] == "zipf")
         assert list(case["steps"]) == (["sparsekern", "torch"] if case["data"] == "zipf" else [])
     steps = record["cases"][0]["steps"]
@@ -167,6 +170,43 @@ def test_the_encoder_check_sees_wrong_indices_values_and_nan(monkeypatch):
         calls = iter(range(9))
         break_codes(patch, lambda codes: codes.values.mul_(1 + 3e-7 * next(calls)))
         assert not gpu_checks.encode(made, "auto").repeatable
+
+
+def test_the_check_of_routed_encoders_sees_wrong_experts_order_and_latents(monkeypatch):
+    made = problem()
+    assert gpu_checks.routed(made, 8, 2).passed
+
+    def broken(op, spoil):
+        right = getattr(sk, op)
+        with monkeypatch.context() as patch:
+            patch.setattr(sk, op, lambda *arguments: spoil(right(*arguments)))
+            return gpu_checks.routed(made, 8, 2)
+
+    # Everything but the choice stays right: the slots are grouped anew.
+    def other_experts(route):
+        experts = (route.experts + 1) % 8
+        order, offsets = reference.group_slots(experts, 8)
+        return route._replace(experts=experts, order=order, offsets=offsets)
+
+    assert broken("route", other_experts).wrong > 0
+    assert broken("route", lambda route: route._replace(order=route.order.flip(0))).wrong > 0
+    moved = broken("routed_topk_encode", lambda codes: codes._replace(indices=(codes.indices + 64) % 512))
+    assert moved.wrong > 0
+    assert moved.recall < 1
+
+
+def test_routed_encoders_are_set_beside_what_their_work_leaves(record):
+    made = as_if_measured_on_a_gpu(record)
+    case = made["cases"][1]
+    found = case["kernels"]["routed_topk_encode, 1 of 8 experts"]
+    assert found["against"] == "topk_encode, all experts"
+    found["over"]["median"], found["least"] = 0.25, 0.125
+    assert ["routed_topk_encode, 1 of 8 experts", "0.250", "0.125", "2.00"] in gpu_table.routed(case).rows
+    assert "routed encoders at" in gpu_table.markdown(made)
+    case = Case("zipf", 8192, 768, 131072, 32)
+    assert roofs.least_routed_ratio(case, 8, 1) == 1 / 8
+    assert roofs.least_routed_ratio(case, 128, 1) == 267 / 8192
+    assert roofs.routed_encode(case, 8, 2).flops == roofs.encode(case, 131072).flops / 4
 
 
 @pytest.mark.parametrize("op", ["_gather_dot", "_scatter_outer"])
@@ -260,7 +300,7 @@ def test_work_without_time_or_memory_is_left_out_with_a_reason(monkeypatch):
     options = gpu.parse([*QUICK, "--parts", "kernels", "steps", "--minutes", "0.001"])
     record = gpu.Bench(options).run()
     reasons = [reason for case in record["cases"] for reason in case["skipped"].values()]
-    assert len(reasons) == 2 * (4 + 2) + 2 * 3
+    assert len(reasons) == 2 * (5 + 2) + 2 * 3
     assert all("s, 0 are left for it" in reason and reason.startswith("would take about") for reason in reasons)
     monkeypatch.setattr(memory, "available", lambda device=CPU: 2**20)
     record = gpu.Bench(gpu.parse([*QUICK])).run()

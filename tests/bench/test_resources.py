@@ -28,6 +28,7 @@ def test_every_kernel_and_configuration_compiles_within_its_bounds():
     assert cores["_screen", "90"] == "wgmma"
     kernels = {row[0] for row in rows}
     assert {"_screen", "_select", "_rescore", "_repair", "_take", "_decode", "_row_adam", "_mark", "_order"} <= kernels
+    assert {"_gate", "_count_slots", "_order_slots"} <= kernels
 
 
 def test_the_interpreter_is_refused():

@@ -23,6 +23,9 @@ _MODULES = {
     "quantized": "encode",
     "batch_topk_encode": "csr_encode",
     "threshold_encode": "csr_encode",
+    "route": "routing",
+    "group_slots": "routing",
+    "routed_topk_encode": "routing",
     "sparse_decode": "products",
     "gather_dot": "products",
     "scatter_outer": "products",
@@ -60,7 +63,10 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
     if reason is None and device.type == "cuda":
         from sparsekern.backends.triton import check
 
-        named = op == "topk_encode" and screen in ("bf16", "fp8")  # these have checks of their own
+        named = op in ("topk_encode", "routed_topk_encode") and screen in (
+            "bf16",
+            "fp8",
+        )  # these have checks of their own
         reason = check.verdict(f"{op} {screen}" if named else op, dtype, device)
     return reason
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import reference, triton
-from sparsekern.backends.triton.plans import encode_plan
+from sparsekern.backends.triton.plans import encode_plan, routed_plan
 from sparsekern.factors import OuterProducts
 from sparsekern.files import write_json
 
@@ -119,17 +119,17 @@ def _codes_by(screen: str, path: str, dtype: torch.dtype, device: torch.device) 
     for x, weight, bias, k in _encode_cases(dtype):
         on = [t.to(device) for t in (x, weight, bias)]
         values, indices = triton.topk_encode(*on, k, screen, path)
-        pairs += _compare_codes(values.cpu(), indices.cpu(), x, weight, bias, k)
+        wide = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k)
     return pairs
 
 
-def _compare_codes(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Pairs:
-    wide = (x.double(), weight.double(), bias.double())
-    expected, order = reference.topk_encode(*wide, k, "none")
-    if not ((indices >= 0) & (indices < weight.shape[0])).all():
+def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int) -> Pairs:
+    """Beside the k largest of all `scores` of a token, in float64."""
+    expected, order = (found[:, :k] for found in scores.sort(dim=1, descending=True, stable=True))
+    if not ((indices >= 0) & (indices < scores.shape[1])).all():
         raise _DisagreementError("an index is out of range")
-    score = torch.nn.functional.linear(*wide).gather(1, indices.long())
-    cut = torch.nn.functional.linear(*wide).sort(dim=1, descending=True).values[:, k - 1 : k]
+    score, cut = scores.gather(1, indices.long()), expected[:, -1:]
     if (score < cut - 1e-4 * cut.abs().clamp_min(1)).any():
         raise _DisagreementError("a latent outside the top k was taken")
     if (indices.sort(dim=1).values.diff(dim=1) == 0).any():
@@ -137,7 +137,81 @@ def _compare_codes(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor, b
     tied = (score[:, 1:] == score[:, :-1]) & (indices[:, 1:] < indices[:, :-1])
     if tied.any() or not torch.equal(indices[3], order[3].int()):
         raise _DisagreementError("ties do not go to the lower latent")
-    return [(values, expected)]
+    return [(values, expected.relu())]
+
+
+def _check_route(dtype: torch.dtype, device: torch.device) -> Pairs:
+    pairs: Pairs = []
+    x, weight, bias = (_random(*shape, dtype=dtype, seed=7) for shape in ((75, 72), (11, 72), (11,)))
+    weight[7], bias[7] = weight[2], bias[2]
+    x[3] = 0  # all experts tie
+    exact = x.double() @ weight.double().T
+    for gate, chosen_by in (("softmax", None), ("sigmoid", None), ("softmax", bias), ("sigmoid", bias)):
+        bias_there = None if chosen_by is None else chosen_by.to(device)
+        found = triton.route(x.to(device), weight.to(device), bias_there, 3, gate)
+        logits, gates, experts, order, offsets = (t.cpu() for t in found)
+        wide = exact.softmax(1) if gate == "softmax" else exact.sigmoid()
+        scores = exact if chosen_by is None else wide + chosen_by.double()
+        expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :3]
+        if not torch.equal(experts, expected.int()):
+            raise _DisagreementError("the experts are not the best ones, ties to the lower one")
+        pairs += [(logits, exact), (gates, wide.gather(1, expected))]
+        _compare_slots(order, offsets, experts, len(weight))
+    return pairs
+
+
+def _check_group_slots(dtype: torch.dtype, device: torch.device) -> Pairs:
+    for n_experts in (70, 5000):
+        experts = torch.randint(n_experts, (150, 3), generator=torch.Generator().manual_seed(8)).int()
+        experts[20:90] = 3
+        order, offsets = triton.group_slots(experts.to(device), n_experts)
+        _compare_slots(order.cpu(), offsets.cpu(), experts, n_experts)
+    return [(order, order.double().cpu())]
+
+
+def _compare_slots(order: Tensor, offsets: Tensor, experts: Tensor, n_experts: int) -> None:
+    expected = reference.group_slots(experts, n_experts)
+    if not (torch.equal(order, expected[0]) and torch.equal(offsets, expected[1])):
+        raise _DisagreementError("slots are not sorted by expert, those of each in order")
+
+
+def _check_routed_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+    return [pair for screen in ("auto", "fp16") for pair in _routed_by(screen, dtype, device)]
+
+
+def _check_routed_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _routed_by("bf16", dtype, device)
+
+
+def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
+    """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one."""
+    tokens = torch.arange(13)
+    pairs: Pairs = []
+    uneven = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int()
+    for experts, latents, k in ((uneven, WIDE // 5, 4), (uneven[:9, :1], 30, 7)):
+        n, n_active = 5 * latents, experts.shape[1]
+        shapes = ((len(experts), 72), (n, 72), (1,))
+        x, weight, bias = (_random(*shape, dtype=dtype, seed=9) for shape in shapes)
+        weight[latents : latents + 9] = weight[:9]  # ties between experts
+        plan = routed_plan(
+            13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=False
+        )  # fmt: skip
+        assert plan is not None
+        buckets = plan.n_buckets // n_active
+        weight[7:latents:buckets] = x[2] + 0.1 * weight[7:latents:buckets]  # all winners are in one bucket
+        x[1] = weight[5] * 2
+        x[3] = 0  # all latents tie
+        bias = bias.expand(n).contiguous()
+        on = [t.to(device) for t in (x, weight, bias, experts, *reference.group_slots(experts, 5))]
+        mine = torch.arange(n) // latents == experts.unsqueeze(2)  # [tokens, n_active, N]
+        scores = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        for per_expert in (False, True) if screen == "auto" else (False,):
+            values, indices = (t.cpu() for t in triton.routed_topk_encode(*on, k, per_expert, screen))
+            for slot, owned in enumerate(mine.unbind(1) if per_expert else [mine.any(1)]):
+                part = slice(slot * k, (slot + 1) * k)
+                wide = scores.masked_fill(~owned, -torch.inf)
+                pairs += _compare_codes(values[:, part], indices[:, part], wide, k)
+    return pairs
 
 
 def _check_sparse_decode(dtype: torch.dtype, device: torch.device) -> Pairs:
@@ -264,6 +338,10 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
     "topk_encode": _check_topk_encode,
     "topk_encode bf16": _check_topk_encode_bf16,
     "topk_encode fp8": _check_topk_encode_fp8,
+    "route": _check_route,
+    "group_slots": _check_group_slots,
+    "routed_topk_encode": _check_routed_topk_encode,
+    "routed_topk_encode bf16": _check_routed_topk_encode_bf16,
     "sparse_decode": _check_sparse_decode,
     "gather_dot": _check_gather_dot,
     "scatter_outer": _check_scatter_outer,

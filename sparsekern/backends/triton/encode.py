@@ -13,6 +13,10 @@ repair     A token with more candidates than there is room for has all latents r
 take       The k largest, ties to the lower latent, then ReLU.
 =========  ============================================================================================================
 
+*Routed* kernels serve tokens whose latents are those of a few experts. The screen then works through slots (a token's
+place at one of its experts) in the order of experts, and writes the keys of a token's slots side by side; from there on
+its experts' latents are one row of buckets. See :mod:`.routing`.
+
 The certificate is the slack, a worst case by Cauchy–Schwarz from measured norms:
 ``|W·x − Ŵ·x̂| ≤ ‖W − Ŵ‖‖x‖ + ‖Ŵ‖‖x − x̂‖`` and the rounding of the sums. No latent that is not a candidate can be
 among the k largest, so the answer does not depend on the precision of the screen. Only fp8 uses a bound that is
@@ -196,29 +200,50 @@ def _store_keys(keys, first, second, third, row, bucket, wanted, n_buckets, KEEP
         tl.store(out + 2 * n_buckets, third, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "n_members"])
+@triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "n_members", "n_active", "n_experts"])
 def _screen(
     x, x_scale, weight, weight_stride, weight_scale, bias, keys, n_rows, n, d, n_buckets, n_members,
+    order, offsets, first_tile, tile_expert, n_active, n_experts,
     KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, ROUTED: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Matmul with the keys of :func:`_to_key` in its epilogue.
 
     A program has ROWS tokens and all members of BUCKETS neighbouring buckets, MEMBERS of them at a time. With BUCKETS a
     multiple of 8 the tensor cores leave all members of a bucket in one thread, so that the epilogue needs no exchange.
+
+    Routed, a row is a slot, a block of rows is a tile of slots of one expert, and `n` its number of latents.
     """
     # Programs that run at one time share rows of both operands: GROUP blocks of tokens by all buckets, in turn.
     blocks = tl.cdiv(n_rows, ROWS)
+    if ROUTED:
+        blocks += n_experts  # of each expert one tile may be only partly full
     across = tl.cdiv(n_buckets, BUCKETS)
     group = tl.program_id(0) // (GROUP * across)
     height = tl.minimum(blocks - group * GROUP, GROUP)
+    if ROUTED:
+        height = tl.maximum(height, 1)  # it is; said for the analysis of intervals (bench/offsets.py)
     within = tl.program_id(0) % (GROUP * across)
-    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
+    block = group * GROUP + within % height
     bucket = (within // height) * BUCKETS
+    if ROUTED:
+        expert = tl.load(tile_expert + block)
+        exists = expert < n_experts  # else there is nothing to do: no members, and no rows to store
+        tile = block - tl.load(first_tile + expert, mask=exists, other=0)
+        place = tl.load(offsets + expert) + tile * ROWS + tl.arange(0, ROWS)
+        inside = place < tl.load(offsets + expert + 1, mask=exists, other=0)
+        row = tl.load(order + place, mask=inside, other=0)
+        vector = row // n_active
+        before = tl.where(exists, expert, 0) * n
+        n_members = tl.where(exists, n_members, 0)
+    else:
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = row < n_rows
+        vector = row
 
     depth = tl.arange(0, DEPTH)
-    x_row = x + tl.where(row < n_rows, row, 0).to(tl.int64)[:, None] * d + depth[None, :]
+    x_row = x + tl.where(inside, vector, 0).to(tl.int64)[:, None] * d + depth[None, :]
     place = tl.arange(0, BUCKETS * MEMBERS)
     column_bucket = bucket + place % BUCKETS
     first = tl.full([ROWS, BUCKETS], LOWEST, tl.float32)
@@ -229,6 +254,8 @@ def _screen(
         latent = member * n_buckets + column_bucket
         real = (latent < n) & (column_bucket < n_buckets)
         latent = tl.where(real, latent, 0)
+        if ROUTED:
+            latent += before
         weight_row = weight + latent.to(tl.int64)[None, :] * weight_stride + depth[:, None]
         score = tl.zeros([ROWS, BUCKETS * MEMBERS], tl.float32)
         for step in range(0, d, DEPTH):
@@ -236,19 +263,22 @@ def _screen(
             b = tl.load(weight_row + step, mask=(depth < d - step)[:, None], other=0.0)
             score = tl.dot(a, b, score, input_precision=PRECISION)
         if SCALED:
-            by_row = tl.load(x_scale + row, mask=row < n_rows, other=0.0)
+            by_row = tl.load(x_scale + vector, mask=inside, other=0.0)
             score *= by_row[:, None] * tl.load(weight_scale + latent)[None, :]
         if HAS_BIAS:
             score += tl.maximum(tl.load(bias + latent).to(tl.float32), LOWEST)[None, :]
         key = tl.where(real[None, :], _to_key(score, member[None, :], MEMBER_BITS), LOWEST)
-        cube = tl.reshape(key, [ROWS, MEMBERS, BUCKETS])
-        for turn in tl.static_range(KEEP):
-            top = tl.max(cube, axis=1)
-            if turn + 1 < KEEP:
-                cube = tl.where(cube == tl.expand_dims(top, 1), LOWEST, cube)
-            first, second, third = _insert(first, second, third, top, KEEP)
+        if MEMBERS == 1:
+            first, second, third = _insert(first, second, third, key, KEEP)
+        else:
+            cube = tl.reshape(key, [ROWS, MEMBERS, BUCKETS])
+            for turn in tl.static_range(KEEP):
+                top = tl.max(cube, axis=1)
+                if turn + 1 < KEEP:
+                    cube = tl.where(cube == tl.expand_dims(top, 1), LOWEST, cube)
+                first, second, third = _insert(first, second, third, top, KEEP)
     mine = bucket + tl.arange(0, BUCKETS)
-    wanted = (row < n_rows)[:, None] & (mine < n_buckets)[None, :]
+    wanted = inside[:, None] & (mine < n_buckets)[None, :]
     _store_keys(keys, first, second, third, row, mine, wanted, n_buckets, KEEP)
 
 
@@ -305,16 +335,35 @@ def _from_sortable(number):
     return (bits ^ ((~bits >> 31) | (-2147483648))).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["k", "n", "n_buckets", "n_members", "room"])
+@triton.jit
+def _real_latent(latent, before, n, ROUTED: tl.constexpr):
+    """-1 where a bucket has no such member; else the number among all latents, of which `before` are others'."""
+    if ROUTED:
+        return tl.where(latent < n, before + latent, -1)
+    return tl.where(latent < n, latent, -1)
+
+
+@triton.jit(do_not_specialize=["k", "n", "n_buckets", "n_members", "room", "n_owners"])
 def _select(
-    keys, slack, candidates, scores, count, k, n, n_buckets, n_members, room, relative,
-    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HIDES: tl.constexpr, BLOCK: tl.constexpr,
+    keys, slack, candidates, scores, count, experts, k, n, n_buckets, n_members, room, n_owners, relative,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HIDES: tl.constexpr, ROUTED: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Candidates of one token, and how many they are (more than `room`: too many to be kept)."""
+    """Candidates of one token, and how many they are (more than `room`: too many to be kept).
+
+    Routed, the buckets of a token's `n_owners` experts, of `n` latents each, stand one after the other.
+    """
     row = tl.program_id(0).to(tl.int64)
     bucket = tl.arange(0, BLOCK)
     inside = bucket < n_buckets
     source = keys + row * (n_buckets * KEEP) + bucket
+    before = 0
+    if ROUTED:
+        n_buckets //= n_owners
+        owner = bucket // n_buckets
+        bucket = bucket % n_buckets
+        source += owner * (n_buckets * (KEEP - 1))
+        before = tl.load(experts + row * n_owners + owner, mask=inside, other=0) * n
     low: tl.constexpr = (1 << MEMBER_BITS) - 1
     first = tl.load(source, mask=inside, other=LOWEST)
     a = _sortable(first)
@@ -336,7 +385,7 @@ def _select(
             reached += (c >= trial).to(tl.int32)
         kth = tl.where(tl.sum(reached, axis=0) >= k, trial, kth)
     least = tl.maximum(_from_sortable(kth), LOWEST)
-    needed = tl.maximum(least - relative * tl.abs(least) - 2.0 * tl.load(slack + row), LOWEST)
+    needed = tl.maximum(least - relative * tl.abs(least) - 2.0 * tl.load(slack + row // SHARE), LOWEST)
     threshold = _sortable(needed) & (4294967295 - low)
 
     # A bucket whose last key is a candidate may hide more candidates: all its members become some.
@@ -359,7 +408,7 @@ def _select(
         out = row * room + place
         latent = member * n_buckets + bucket
         # A NaN among the scores has arbitrary bits, which must not become an address.
-        tl.store(candidates + out, tl.where(latent < n, latent, -1), mask=taken & (place < room))
+        tl.store(candidates + out, _real_latent(latent, before, n, ROUTED), mask=taken & (place < room))
         tl.store(scores + out, key, mask=taken & (place < room))
         total += tl.sum(taken.to(tl.int32), axis=0)
     n_hiding = tl.sum(hiding.to(tl.int32), axis=0)
@@ -369,24 +418,29 @@ def _select(
             for opened in range(0, n_members):
                 hidden = opened * n_buckets + bucket
                 fits = hiding & (place + opened < room)
-                tl.store(candidates + row * room + place + opened, tl.where(hidden < n, hidden, -1), mask=fits)
+                found = _real_latent(hidden, before, n, ROUTED)
+                tl.store(candidates + row * room + place + opened, found, mask=fits)
                 tl.store(scores + row * room + place + opened, float("nan"), mask=fits)
-    tl.store(count + row, total + n_hiding * n_members)
+    total += n_hiding * n_members
+    if ROUTED:  # Latents switched off by a bias of -inf are no candidates. Where they are needed, all are looked at.
+        total = tl.where(total < k, NO_LATENT, total)
+    tl.store(count + row, total)
 
 
 @triton.jit(do_not_specialize=["room"])
 def _rescore(
     x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room,
-    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, SHARE: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Exact pre-activations of the candidates of one token."""
+    """Exact pre-activations of the candidates of one row; SHARE rows after one another are of one token."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count + row)
     first = tl.program_id(1) * CANDIDATES
     if (n <= room) & (first < n):
         place = first + tl.arange(0, CANDIDATES)
         latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
-        score = dot_rows(x, x_stride, weight, weight_stride, bias, row, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
+        token = row // SHARE
+        score = dot_rows(x, x_stride, weight, weight_stride, bias, token, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
         score = tl.where(latent >= 0, score, float("-inf"))
         if CHECK:
             # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
@@ -417,12 +471,17 @@ def dot_rows(
     return score
 
 
-@triton.jit(do_not_specialize=["n_rows", "n", "room", "share"])
+@triton.jit(do_not_specialize=["n_rows", "n", "room", "share", "n_owners"])
 def _repair(
-    x, x_stride, weight, weight_stride, bias, candidates, scores, count, repaired, n_rows, n, d, room, share,
-    HAS_BIAS: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, weight, weight_stride, bias, candidates, scores, count, repaired, experts,
+    n_rows, n, d, room, share, n_owners,
+    HAS_BIAS: tl.constexpr, ROUTED: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The TOP best of a share of all latents, for the tokens with too many candidates; mostly there are none."""
+    """The TOP best of a share of all latents, for the tokens with too many candidates; mostly there are none.
+
+    Routed, of a share of the `n` latents that a row's experts have together.
+    """
     part = tl.program_id(1)
     for start in range(tl.program_id(0) * TOKENS, n_rows, tl.num_programs(0) * TOKENS):
         tokens = start + tl.arange(0, TOKENS)
@@ -437,7 +496,12 @@ def _repair(
             for latent in range(part * share, tl.minimum((part + 1) * share, n), TOP):
                 index = latent + tl.arange(0, TOP)
                 index = tl.where((index < (part + 1) * share) & (index < n), index, -1)
-                score = dot_rows(x, x_stride, weight, weight_stride, bias, row, index, d, HAS_BIAS, TOP, BLOCK)
+                if ROUTED:
+                    latents = n // n_owners
+                    expert = tl.load(experts + row * n_owners + index // latents, mask=index >= 0, other=0)
+                    index = tl.where(index >= 0, expert * latents + index % latents, -1)
+                token = row // SHARE
+                score = dot_rows(x, x_stride, weight, weight_stride, bias, token, index, d, HAS_BIAS, TOP, BLOCK)
                 new = tl.where(index >= 0, _pack(score, index), NOTHING)
                 if tl.max(new, axis=0) > tl.min(best, axis=0):
                     # Falling beside rising: the larger of each pair are the larger half of both.
@@ -526,6 +590,49 @@ class Screened(NamedTuple):
         return None if self.x.scale is None else self.x.scale[part], self.weight.scale
 
 
+class Slots(NamedTuple):
+    """What restricts every row to the latents of some experts. Slot ``b · n_active + j`` is token b's j-th expert.
+
+    Attributes
+    ----------
+    experts : Tensor [rows, n_owners], int32
+        The experts of each row of codes: those of a token, or one slot's.
+    order, offsets : Tensor [slots], [n_experts + 1], int32
+        Slots by rising expert, and where each expert's begin.
+    n_active : int
+        Slots of a token.
+    latents : int
+        Latents of an expert.
+    """
+
+    experts: Tensor
+    order: Tensor
+    offsets: Tensor
+    n_active: int
+    latents: int
+
+    @property
+    def n_owners(self) -> int:
+        """Experts of a row."""
+        return self.experts.shape[1]
+
+    @property
+    def n_experts(self) -> int:
+        """Experts in all."""
+        return self.offsets.shape[0] - 1
+
+    def tiles(self, height: int) -> tuple[Tensor, Tensor]:
+        """Number of each expert's first tile of `height` slots; and of every tile the expert, `n_experts` for none.
+
+        How many there are is known to the device alone; a bound is ``⌈slots / height⌉ + n_experts``.
+        """
+        counts = (self.offsets.diff() + (height - 1)) // height
+        ends = counts.cumsum(0, dtype=torch.int32)
+        bound = triton.cdiv(self.order.shape[0], height) + self.n_experts
+        numbers = torch.arange(bound, dtype=torch.int32, device=ends.device)
+        return ends - counts, torch.searchsorted(ends, numbers, right=True, out_int32=True)
+
+
 _last: list[tuple[Tensor, Tensor, int]] = []  # counts, flags of repair and room, of the chunks of the last call
 
 
@@ -557,7 +664,7 @@ def topk_encode(
     _last.clear()
     for part in chunks(rows, 4 * plan.n_buckets * plan.keep + 8 * plan.room):
         keys = screen_keys(screened, part, bias, plan)
-        _finish(keys, x[part], weight, bias, k, screened, part, plan, values[part], indices[part])
+        finish(keys, x[part], weight, bias, k, screened, part, plan, values[part], indices[part])
     return values, indices
 
 
@@ -625,19 +732,27 @@ def _slack(x: Cast, weight: Cast, bias: Tensor | None, plan: EncodePlan) -> Tens
     return 1.01 * rounding
 
 
-def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: EncodePlan) -> Tensor:
-    """Keys ``[rows, keep, n_buckets]`` of some tokens."""
+def screen_keys(
+    screened: Screened, part: slice, bias: Tensor | None, plan: EncodePlan, slots: Slots | None = None
+) -> Tensor:
+    """Keys ``[rows, keep, n_buckets]`` of some tokens; of their `slots`, ``[slots, keep, n_buckets / n_owners]``."""
     x, w = screened.x.rows[part], screened.weight.rows
-    rows, (n, d) = x.shape[0], w.shape
-    keys = torch.empty(rows, plan.keep, plan.n_buckets, dtype=torch.float32, device=x.device)
+    rows, (n, d), n_buckets = x.shape[0], w.shape, plan.n_buckets
+    if slots is not None:
+        rows, n, n_buckets = slots.order.shape[0], slots.latents, n_buckets // slots.n_owners
+    keys = torch.empty(rows, plan.keep, n_buckets, dtype=torch.float32, device=x.device)
     shared: dict[str, Any] = {"KEEP": plan.keep, "MEMBER_BITS": plan.member_bits, "HAS_BIAS": bias is not None}
     if plan.tile is not None:
         tile = plan.tile
         x_scale, weight_scale = screened.scales(part)
-        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(plan.n_buckets, tile.buckets),)
+        blocks = triton.cdiv(rows, tile.rows)
+        routed: tuple[Any, ...] = (None,) * 6
+        if slots is not None:
+            blocks += slots.n_experts
+            routed = (slots.order, slots.offsets, *slots.tiles(tile.rows), slots.n_active, slots.n_experts)
         launch(
             _screen,
-            grid,
+            (blocks * triton.cdiv(n_buckets, tile.buckets),),
             x,
             x_scale,
             w,
@@ -648,11 +763,13 @@ def screen_keys(screened: Screened, part: slice, bias: Tensor | None, plan: Enco
             rows,
             n,
             d,
-            plan.n_buckets,
+            n_buckets,
             plan.n_members,
+            *routed,
             **shared,
             SCALED=weight_scale is not None,
             PRECISION=plan.precision,
+            ROUTED=slots is not None,
             ROWS=tile.rows,
             BUCKETS=tile.buckets,
             MEMBERS=tile.members,
@@ -726,7 +843,7 @@ def merge_panel(
     )
 
 
-def _finish(
+def finish(
     keys: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -737,9 +854,14 @@ def _finish(
     plan: EncodePlan,
     values: Tensor,
     indices: Tensor,
+    slots: Slots | None = None,
 ) -> None:
-    """From keys to codes: select, rescore, repair, take."""
-    rows, (n, d) = x.shape[0], weight.shape
+    """From keys to codes: select, rescore, repair, take. With `slots`, several rows of codes may be of one token."""
+    rows, (n, d) = values.shape[0], weight.shape
+    owned, experts, owners, share = n, None, None, 1
+    if slots is not None:
+        owned, experts, owners, share = slots.latents, slots.experts, slots.n_owners, slots.n_active // slots.n_owners
+        n = owned * owners
     room, slack = plan.room, screened.slack[part]
     candidates = torch.empty(rows, room, dtype=torch.int32, device=x.device)
     scores = torch.empty(rows, room, dtype=torch.float32, device=x.device)
@@ -754,15 +876,19 @@ def _finish(
         candidates,
         scores,
         count,
+        experts,
         k,
-        n,
+        owned,
         plan.n_buckets,
         plan.n_members,
         room,
+        owners,
         screened.relative,
         KEEP=plan.keep,
         MEMBER_BITS=plan.member_bits,
         HIDES=plan.n_members > plan.keep,
+        ROUTED=slots is not None,
+        SHARE=share,
         BLOCK=block,
         num_warps=4 if block <= 2048 else 8,
     )
@@ -780,6 +906,7 @@ def _finish(
         room,
         HAS_BIAS=bias is not None,
         CHECK=plan.statistical,
+        SHARE=share,
         CANDIDATES=some,
         BLOCK=min(256, max(16, triton.next_power_of_2(d))),
     )
@@ -793,12 +920,16 @@ def _finish(
         scores,
         count,
         repaired,
+        experts,
         rows,
         n,
         d,
         room,
         triton.cdiv(n, parts),
+        owners,
         HAS_BIAS=bias is not None,
+        ROUTED=slots is not None,
+        SHARE=share,
         TOP=top,
         TOKENS=128,
         BLOCK=max(16, min(64, 4096 // top)),

@@ -137,6 +137,69 @@ def encode_plan(
     return EncodePlan(operand, precision, n_buckets, -(-n // n_buckets), keep, room, tile, panel, statistical)
 
 
+def routed_plan(
+    tokens: int,
+    n_active: int,
+    n_experts: int,
+    d: int,
+    latents: int,
+    k: int,
+    dtype: torch.dtype,
+    screen: str,
+    capability: tuple[int, int],
+    *,
+    has_copy: bool,
+    per_expert: bool,
+) -> EncodePlan | None:
+    """The plan of a call that looks at the latents of `n_active` experts of each token, `latents` each.
+
+    `n_buckets` counts those of all experts that one selection is made from: of a token's, or of one with `per_expert`.
+    The screen is fused at every width, since no library's matmul stands in for it; and without tensor cores it would be
+    far slower, so float32 operands are rounded to tf32 also where `screen` is "none". The certificate covers that.
+    """
+    n_owners = 1 if per_expert else n_active
+    buckets = _routed_buckets(latents, n_owners, k)
+    if buckets is None:
+        return None
+    across, keep, room = buckets
+    n_members = -(-latents // across)
+    load = -(-tokens * n_active // n_experts)  # tokens of an expert, on average
+    operand, precision = _operand(load, dtype, screen, has_copy)
+    if operand == torch.float32:
+        precision = "tf32"
+    aligned = d * operand.itemsize % 16 == 0
+    whole = TILES[9 if capability[0] in (9, 10) else 8, operand.itemsize] if aligned else UNALIGNED
+    # With few members more buckets, as far as registers go: each keeps its keys there.
+    members = min(whole.members, 1 << (n_members - 1).bit_length())
+    columns = 256 if members == 32 else 128 if aligned else 64
+    # The last tile of an expert is only partly full: lower ones waste less. Not measured yet.
+    rows = whole.rows if load >= 512 and members >= 16 else min(whole.rows, 64)
+    tile = whole._replace(rows=rows, buckets=columns // members, members=members)
+    return EncodePlan(operand, precision, n_owners * across, n_members, keep, room, tile, 0.0, False)
+
+
+def _routed_buckets(latents: int, n_owners: int, k: int) -> tuple[int, int, int] | None:
+    """:func:`_buckets` for the latents of several experts: buckets of each of them, keys of each, room."""
+    n = n_owners * latents
+    # Short buckets spare most of the keys where hardly one of them has to be opened.
+    for members in (16, 8):
+        across = -(-latents // members)
+        if k <= MOST_TOP and n <= MOST_KEYS and _opened(n_owners * across, k) * members <= k / 4:
+            return across, 3, max(4 * (1 << (k - 1).bit_length()), 64)
+    found = _buckets(n, k)
+    if found is None:
+        return None
+    n_buckets, keep, room = found
+    across = min(latents, n_buckets // n_owners)
+    return None if across == 0 or latents > across * 2**12 else (across, keep, room)
+
+
+def _opened(n_buckets: int, k: int) -> float:
+    """How many buckets hold three candidates or more, where there are 2k of them, and are opened whole."""
+    crowd = 2 * k / n_buckets
+    return n_buckets * (1 - math.exp(-crowd) * (1 + crowd + crowd**2 / 2))
+
+
 def _operand(rows: int, dtype: torch.dtype, screen: str, has_copy: bool) -> tuple[torch.dtype, str]:
     if screen == "fp8":
         return torch.float8_e4m3fn, "ieee"
@@ -172,9 +235,6 @@ def _buckets(n: int, k: int) -> tuple[int, int, int] | None:
     room = 4 * top
     while room < 4 * k + 2 * members:
         room *= 2
-    # Buckets with `keep` candidates or more are opened whole.
-    crowd = 2 * k / n_buckets
-    opened = n_buckets * (1 - math.exp(-crowd) * (1 + crowd + crowd**2 / 2))
-    if opened * members > room / 2 or members > 2**12:
+    if _opened(n_buckets, k) * members > room / 2 or members > 2**12:
         return None
     return n_buckets, keep, room

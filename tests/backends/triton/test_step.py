@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if not os.environ.get("CI"):
     pytest.importorskip("triton")
@@ -111,35 +110,11 @@ def test_room_for_dead_latents_changes_nothing(triton_device, monkeypatch, backe
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what would wait for a device, also inside the ops of this package."""
-
-    waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "lift_fresh")
-    waits += ("unique_dim", "_unique", "_unique2", "unique_consecutive")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        namespace, name = func._schema.name.split("::")
-        if namespace == "sparsekern":
-            with self:
-                return torch._library.custom_ops.OPDEFS[f"sparsekern::{name}"]._init_fn(*args, **kwargs)
-        masked = "index" in name and any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            for arg in args[1:]
-            if isinstance(arg, list | tuple)
-            for index in arg
-        )
-        sized = name != "repeat_interleave" or kwargs.get("output_size") is not None
-        if name in self.waits or masked or not sized:
-            raise AssertionError(f"{name} waits for the device")
-        return func(*args, **kwargs)
-
-
-def test_a_step_does_not_wait_for_the_device(triton_device, monkeypatch, like_a_gpu):
+def test_a_step_does_not_wait_for_the_device(triton_device, monkeypatch, like_a_gpu, no_waiting):
     monkeypatch.setattr(triton, "screens", lambda n, d: True)
     trainer = sk.Trainer(make(triton_device), clip_norm=0.1)
     x = torch.randn(ROWS, D, device=triton_device)
-    with NoWaiting():
+    with no_waiting():
         for _ in range(2):
             trainer.device_step(x, None, N, 1e-2)
         with pytest.raises(AssertionError, match="nonzero waits"):  # asked to count, it does
