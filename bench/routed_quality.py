@@ -67,11 +67,12 @@ def arms(width: int, base: int) -> list[Arm]:
         Arm("TopK", "equal width", width),
         Arm(f"{few} experts", "equal width", width, few),
         Arm(f"{2 * few} experts", "equal width", width, 2 * few),
-        Arm(f"{4 * few} experts", "equal width", width, 4 * few),
         Arm(f"2 of {few} experts", "equal width", width, few, 2),
         Arm(f"2 of {few} experts, feature scaling", "equal width", width, few, 2, (("feature_scaling", True),)),
         Arm(f"{few} experts, softmax gate", "equal width", width, few, 1, (("gate", "softmax"),)),
         Arm(f"{few} experts, bias balanced", "equal width", width, few, 1, (("balance", "bias"),)),
+        Arm(f"{few} experts, balance 0.1", "equal width", width, few, 1, (("balance_coefficient", 0.1),)),
+        Arm(f"{few} experts, random start", "equal width", width, few, 1, (("router_start", "random"),)),
         Arm("TopK", "equal FLOPs", base),
         *(Arm(f"{e} experts", "equal FLOPs", e * base, e) for e in counts),
     ]
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=12288, help="latents of the arms of equal width")
     parser.add_argument("--base", type=int, default=1536, help="latents that a token meets at equal FLOPs")
     parser.add_argument("--k", type=int, default=32, help="active latents a token")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=2048, help="tokens a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="of weights and order of the data")

@@ -30,3 +30,35 @@ def geometric_median(x: Tensor, tolerance: float = 1e-5, max_iterations: int = 1
         if step <= tolerance * median.norm():
             break
     return median
+
+
+def spherical_kmeans(x: Tensor, start: Tensor, iterations: int = 25) -> Tensor:
+    """Unit directions of clusters of the rows of `x` ``[n, d]``, by Lloyd's iteration on cosines.
+
+    Parameters
+    ----------
+    x : Tensor [n, d]
+    start : Tensor [clusters, d]
+        Directions to start from. A cluster that loses all rows takes the row that its own direction fits worst.
+
+    Returns
+    -------
+    Tensor [clusters, d]
+
+    References
+    ----------
+    Dhillon and Modha, *Concept decompositions for large sparse text data using clustering*, Machine Learning 42 (2001).
+    """
+    rows = torch.nn.functional.normalize(x, dim=1)
+    centers = torch.nn.functional.normalize(start, dim=1)
+    count = centers.shape[0]
+    for _ in range(iterations):
+        best = (rows @ centers.T).max(1)
+        # Empty clusters take the worst fitted rows, one each, in order: nothing waits to see how many there are.
+        sizes = torch.bincount(best.indices, minlength=count)
+        empty = sizes == 0
+        sums = torch.zeros_like(centers).index_add_(0, best.indices, rows)
+        worst = best.values.argsort()[: min(count, rows.shape[0])]
+        take = (empty.cumsum(0) - 1).clamp(0, worst.shape[0] - 1)
+        centers = torch.nn.functional.normalize(torch.where(empty[:, None], rows[worst[take]], sums), dim=1)
+    return centers

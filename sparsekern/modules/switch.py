@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from sparsekern.codes import SparseCodes
 from sparsekern.modules.activations import TopK
-from sparsekern.modules.initialization import unit_rows
+from sparsekern.modules.initialization import spherical_kmeans, unit_rows
 from sparsekern.modules.sae import SAE, check_counts
 from sparsekern.ops import route, routed_topk_encode
 from sparsekern.ops._route import GATES
 from sparsekern.routing import Routing
 
 BALANCES = ("loss", "bias", "none")
+ROUTER_STARTS = ("kmeans", "random")
 
 
 class SwitchSAE(SAE):
@@ -48,7 +49,8 @@ class SwitchSAE(SAE):
         not at all.
     balance_coefficient : float
         Weight of ``n_experts · Σ_i f_i P_i − 1``, with f_i the share of the batch that expert i serves and P_i its mean
-        probability: 0 where loads are even. The published α stands beside a squared error that is not normalized:
+        probability: 0 where loads are even. No token is dropped, so uneven loads cost little, and a strong balance
+        pulls the router away from the clusters of the data (``docs/quality.md``). The published α stands beside a squared error that is not normalized:
         ``α · d_in / variance of a token`` is the weight here.
     z_coefficient : float
         Weight of the mean squared log-partition function of the router's logits, which keeps these small; a part ``z``.
@@ -61,6 +63,8 @@ class SwitchSAE(SAE):
     dead_expert_after : int or None
         Tokens without being chosen after which an expert is revived: its router row is set beside that of the busiest
         expert. By default a tenth of `dead_after`.
+    router_start : {"kmeans", "random"}
+        Where :meth:`fit_start_` puts the router: at clusters of the first batch, or nowhere else than where it is.
     **options
         Those of :class:`SAE`: ``pre_bias``, ``aux_coefficient``, ``aux_k``, ``dead_after``, ``generator``, ``device``,
         ``dtype``.
@@ -99,11 +103,12 @@ class SwitchSAE(SAE):
         n_active: int = 1,
         gate: str = "sigmoid",
         balance: str = "loss",
-        balance_coefficient: float = 0.1,
+        balance_coefficient: float = 0.003,
         z_coefficient: float = 0.0,
         bias_rate: float = 1e-3,
         feature_scaling: bool = False,
         dead_expert_after: int | None = None,
+        router_start: str = "kmeans",
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
@@ -118,7 +123,11 @@ class SwitchSAE(SAE):
         if activation.k > n_active * d_sae // n_experts:
             most = n_active * d_sae // n_experts
             raise ValueError(f"k must be at most the {most} latents of {n_active} experts, got {activation.k}")
-        for name, value, among in (("gate", gate, GATES), ("balance", balance, BALANCES)):
+        for name, value, among in (
+            ("gate", gate, GATES),
+            ("balance", balance, BALANCES),
+            ("router_start", router_start, ROUTER_STARTS),
+        ):
             if value not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {value!r}")
         for name, number in {
@@ -133,7 +142,7 @@ class SwitchSAE(SAE):
         self.n_experts, self.n_active, self.latents_per_expert = n_experts, n_active, d_sae // n_experts
         self.gate, self.balance = gate, balance
         self.balance_coefficient, self.z_coefficient, self.bias_rate = balance_coefficient, z_coefficient, bias_rate
-        self.feature_scaling = feature_scaling
+        self.feature_scaling, self.router_start = feature_scaling, router_start
         self.dead_expert_after = dead_expert_after or max(1, self.dead_after // 10)
         self.W_router = nn.Parameter(unit_rows(n_experts, d_in, generator).to(self.W_enc))
         self.b_router = nn.Parameter(self.b_dec.detach().clone())
@@ -243,9 +252,15 @@ class SwitchSAE(SAE):
 
     @torch.no_grad()
     def fit_start_(self, x: Tensor, center: str = "geometric_median") -> None:
-        """As for :class:`SAE`; ``b_router`` starts where ``b_dec`` does, and logits with a standard deviation of 1."""
+        """As for :class:`SAE`; ``b_router`` starts where ``b_dec`` does, ``W_router`` at the batch's clusters.
+
+        The clusters are those of spherical k-means. The logits start with a standard deviation of 1.
+        """
         self._fit_center_(x, center)
         self.b_router.copy_(self.b_dec)
+        if self.router_start == "kmeans":
+            rows = x.reshape(-1, self.d_in).to(self.b_dec.dtype) - self.b_router
+            self.W_router.copy_(spherical_kmeans(rows, self.W_router))
         logits = self.route(x).logits
         assert logits is not None
         spread = logits.std(0).mean()
@@ -256,5 +271,5 @@ class SwitchSAE(SAE):
     def config(self) -> dict[str, Any]:
         """Arguments that rebuild this module, without its weights."""
         names = ["n_experts", "n_active", "gate", "balance", "balance_coefficient", "z_coefficient", "bias_rate"]
-        names += ["feature_scaling", "dead_expert_after"]
+        names += ["feature_scaling", "dead_expert_after", "router_start"]
         return {**super().config(), **{name: getattr(self, name) for name in names}}
