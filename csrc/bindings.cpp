@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/largest.h"
 #include "cpu/parallel.h"
 #include "cpu/row_adam.h"
 #include "cpu/sparse_products.h"
@@ -68,6 +69,9 @@ T* at(std::uintptr_t address) {
 Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
     return {at<std::uint8_t>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
 }
+
+// count, active, order, offsets, apart, screened: see Experts; a count of 0 for none.
+using Routed = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, bool, bool>;
 
 // start, order, values, k, vectors, stride: see OuterProducts.
 using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
@@ -155,16 +159,31 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "topk_encode",
-        [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d,
+        [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d, const Routed& routed,
            const std::array<std::uintptr_t, 4>& quantized, std::uintptr_t bias, std::uintptr_t x, std::int64_t x_stride,
            std::int64_t rows, std::int64_t k, std::uintptr_t values, std::uintptr_t index, std::uintptr_t certain,
            int threads) {
             const Quantized given = quantized_at(quantized);
-            return topk().encode({{at<const float>(weight), weight_stride, n, d}, given.packed ? &given : nullptr,
+            const auto [count, active, order, offsets, apart, screened] = routed;
+            const Experts experts{count,  active, at<const std::int32_t>(order), at<const std::int32_t>(offsets),
+                                  apart, screened};
+            return topk().encode({{at<const float>(weight), weight_stride, n, d}, count ? &experts : nullptr,
+                                  given.packed ? &given : nullptr,
                                   at<const float>(bias), at<const float>(x), x_stride, rows, k, at<float>(values),
                                   at<std::int32_t>(index), at<std::uint8_t>(certain), threads});
         },
         py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
+
+    m.def(
+        "largest",
+        [](int itemsize, std::uintptr_t values, std::int64_t rows, std::int64_t n, std::int64_t k, std::uintptr_t index,
+           int threads) {
+            with_type(itemsize, [&](auto zero) {
+                using T = decltype(zero);
+                largest(at<const T>(values), rows, n, k, at<std::int32_t>(index), threads);
+            });
+        },
+        py::call_guard<py::gil_scoped_release>());
 
     m.def(
         "sort_slots",

@@ -2,7 +2,7 @@
 
 from sparsekern.backends import backends
 from sparsekern.codes import CSRCodes, SparseCodes
-from sparsekern.modules import SAE, LossOutput, TopK
+from sparsekern.modules import SAE, LossOutput, SwitchSAE, TopK
 from sparsekern.ops import (
     batch_topk_encode,
     route,
@@ -22,6 +22,7 @@ __all__ = [
     "LossOutput",
     "Routing",
     "SparseCodes",
+    "SwitchSAE",
     "TopK",
     "Trainer",
     "__version__",

@@ -12,8 +12,8 @@ from sparsekern.codes import SparseCodes
 class Routing(NamedTuple):
     """The experts of every token, and the same sorted by expert.
 
-    Expert `i` owns the latents ``i · d_sae / n_experts`` up to the next expert's first. Slot ``b · n_active + j`` is the
-    j-th expert of token b. Tokens are counted over the flattened leading dimensions of the router's input.
+    Expert `i` owns the latents ``i · d_sae / n_experts`` up to the next expert's first. Slot ``b · n_active + j`` is
+    the j-th expert of token b. Tokens are counted over the flattened leading dimensions of the router's input.
 
     Attributes
     ----------

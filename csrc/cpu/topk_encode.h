@@ -39,17 +39,29 @@ struct Quantized {
     float* norm;   // >= |W[i]| and >= |W^[i]|; infinite for a row that is not finite
 };
 
+// Which rows meet which latents: expert e owns latents [e * n / count, (e + 1) * n / count). A slot is one of a row's
+// experts: slot row * active + j is the j-th.
+struct Experts {
+    std::int64_t count;
+    std::int64_t active;          // of a row
+    const std::int32_t* order;    // [rows * active]: slots by rising expert, and in an expert by rising slot
+    const std::int32_t* offsets;  // [count + 1]: where each expert's slots begin in `order`
+    bool apart;                   // the k largest of each slot, not of each row
+    bool screened;                // else every score is computed in float32
+};
+
 struct EncodeArgs {
     Weights weights;
+    const Experts* experts;      // nullptr: all rows meet all latents
     const Quantized* quantized;  // nullptr: quantised here, in blocks
     const float* bias;           // [n] or nullptr
     const float* x;              // [rows, d]
     std::int64_t x_stride;
     std::int64_t rows;
     std::int64_t k;
-    float* values;          // [rows, k], falling, ReLU applied
-    std::int32_t* index;    // [rows, k]
-    std::uint8_t* certain;  // [rows]: 0 where the row must be computed in full
+    float* values;          // [rows, k], or [slots, k] of experts apart; falling, ReLU applied
+    std::int32_t* index;    // the same
+    std::uint8_t* certain;  // [rows], or [slots]: 0 where it must be computed in full
     int threads;
 };
 

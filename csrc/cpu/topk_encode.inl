@@ -129,6 +129,17 @@ float largest_size(const float* w, std::int64_t d) {
     return wrong ? std::numeric_limits<float>::infinity() : largest;
 }
 
+// At least |w|; infinite for a row that is not finite.
+float length(const float* w, std::int64_t d) {
+    const float largest = largest_size(w, d);
+    if (!(largest < kLargest)) return std::numeric_limits<float>::infinity();
+    if (largest < 1e-15f) return largest * std::sqrt(static_cast<float>(d)) * 1.001f;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (std::int64_t c = 0; c < d; ++c) squares += w[c] * w[c];
+    return std::sqrt(squares) * (1 + 1e-6f + 6e-8f * static_cast<float>(d));
+}
+
 // Writes the bytes of one row (rounded to 127ths of its largest entry, plus 128) and its scale, error and norm.
 //
 // Lengths are taken in units of the scale, where squares neither overflow nor underflow, and rounded up by more than
@@ -203,7 +214,7 @@ constexpr int kMaxOutliers = 16;
 // Dimensions whose largest input is this many times that of the median dimension are multiplied in float32.
 constexpr float kOutlierRatio = 6;
 
-// One row of the batch while its latents are screened.
+// One row of the batch, or one slot of it, while its latents are screened.
 struct Row {
     float floor;          // no latent scoring below this is among the k largest
     float scale;          // of the quantised input
@@ -223,7 +234,7 @@ struct Screen {
     const EncodeArgs& args;
     Quantized quantized;    // `packed` begins at latent `origin`
     std::int64_t origin;
-    std::int64_t capacity;  // of a row's candidates
+    std::int64_t capacity;  // of a slot's candidates
     float slack;            // what rounding can do to a score beside its products: that of adding the bias
     int outliers;
     std::int64_t outlier_column[kMaxOutliers];
@@ -239,15 +250,16 @@ struct Panel {
     std::int64_t first;
     float worst_error, worst_norm;
     alignas(64) float scale[kPanel];
-    alignas(64) float base[kPanel];  // bias; lowest beyond the last latent
+    alignas(64) float base[kPanel];  // bias; lowest for latents that are not wanted
     alignas(64) float outlier[kMaxOutliers][kPanel];
 
-    void enter(const Screen& screen, std::int64_t at) {
+    // Of the latents from `at` on those in [low, high) are wanted.
+    void enter(const Screen& screen, std::int64_t at, std::int64_t low, std::int64_t high) {
         const Weights& w = screen.args.weights;
         first = at;
         worst_error = worst_norm = 0;
         for (std::int64_t l = 0; l < kPanel; ++l) {
-            const bool real = at + l < w.n;
+            const bool real = low <= at + l && at + l < high;
             base[l] = !real ? -std::numeric_limits<float>::infinity() : screen.args.bias ? screen.args.bias[at + l] : 0;
             scale[l] = screen.quantized.scale[at + l];
             worst_error = std::max(worst_error, screen.quantized.error[at + l]);
@@ -370,27 +382,36 @@ inline void collect(const Screen& screen, const Panel& panel, Row& row, const st
 
 #endif
 
-// Screens the rows [begin, end), multiples of kTileRows, against the latents [first, last) of the block at hand.
-void screen_rows(const Screen& screen, Row* rows, const std::int8_t* xq, std::int64_t begin, std::int64_t end,
-                 std::int64_t first, std::int64_t last) {
+// Rows [begin, end), multiples of kTileRows, that meet the latents [low, high).
+struct Meeting {
+    std::int64_t begin, end;
+    std::int64_t low, high;
+};
+
+// Screens the rows against those of their latents that are in the block [first, last).
+void screen_rows(const Screen& screen, Row* rows, const std::int8_t* xq, const Meeting& of, std::int64_t first,
+                 std::int64_t last, float* scratch) {
     const std::int64_t width = padded_width(screen.args.weights.d);
-    std::vector<float> scratch(screen.capacity);
+    const std::int64_t low = std::max(first, of.low), high = std::min(last, of.high);
     Panel panel;
     alignas(64) std::int32_t product[kTileRows][kPanel];
-    for (std::int64_t at = first; at < last; at += kPanel) {
-        panel.enter(screen, at);
+    std::int64_t at = low / kPanel * kPanel, tidy_at = of.low + kFirstTidy;
+    while (tidy_at < at) tidy_at += tidy_at - of.low;
+    for (; at < high; at += kPanel) {
+        panel.enter(screen, at, low, high);
         const std::uint8_t* packed = screen.quantized.packed + (at - screen.origin) * width;
-        const bool tidy = at >= kFirstTidy && (at & (at - 1)) == 0;
-        for (std::int64_t b = begin; b < end; b += kTileRows) {
+        const bool tidy = at >= tidy_at;
+        if (tidy) tidy_at += tidy_at - of.low;
+        for (std::int64_t b = of.begin; b < of.end; b += kTileRows) {
             std::int32_t offset[kTileRows];
             for (int r = 0; r < kTileRows; ++r) offset[r] = rows[b + r].offset;
             tile_product(packed, xq + b * width, width, width / 4, offset, product);
             for (int r = 0; r < kTileRows; ++r) {
                 Row& row = rows[b + r];
-                if (tidy) prune(screen, row, scratch.data());
+                if (tidy) prune(screen, row, scratch);
                 collect(screen, panel, row, product[r]);
                 if (row.count > screen.capacity - 2 * kPanel) {
-                    prune(screen, row, scratch.data());
+                    prune(screen, row, scratch);
                     if (row.count > screen.capacity - 2 * kPanel) give_up(row);
                 }
             }
@@ -457,21 +478,23 @@ inline bool before(const Scored& a, const Scored& b) {
     return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// The rows of a block, and their candidates from the end of screening to the selection. A row's candidates are its
-// first Row::scored, of which `upper` now holds the exact score, then the others.
+// The rows of a block (slots, for experts apart), and their candidates from the end of screening to the selection. A
+// row's candidates are its first Row::scored, of which `upper` now holds the exact score, then the others.
 struct Rescoring {
     const Screen& screen;
     Row* rows;
     std::int64_t count;
-    std::int64_t top;  // of the block, in the batch
-    std::int32_t* start;  // [n + 1]
+    std::int64_t top;       // of the block, in the batch
+    std::int64_t per_row;   // of these in a row of the batch
+    std::int64_t capacity;  // of one's candidates
+    std::int32_t* start;    // [n + 1]
 
     struct Pair {
         std::int32_t row, candidate;
     };
     std::vector<Pair> pairs = {};
 
-    const float* x(std::int64_t b) const { return screen.args.x + (top + b) * screen.args.x_stride; }
+    const float* x(std::int64_t b) const { return screen.args.x + (top + b) / per_row * screen.args.x_stride; }
     const float* weight(std::int64_t i) const { return screen.args.weights.data + i * screen.args.weights.stride; }
     float bias(std::int64_t i) const { return screen.args.bias ? screen.args.bias[i] : 0; }
 
@@ -480,7 +503,7 @@ struct Rescoring {
         const int threads = screen.args.threads;
         parallel_for(count, threads, std::min<std::int64_t>(count, kPartsPerThread * threads),
                      [&](std::int64_t begin, std::int64_t end) {
-                         std::vector<float> scratch(screen.capacity);
+                         std::vector<float> scratch(capacity);
                          std::vector<Scored> scored;
                          for (std::int64_t b = begin; b < end; ++b)
                              if (rows[b].certain) body(b, rows[b], scratch.data(), scored);
@@ -665,26 +688,110 @@ void find_outliers(Screen& screen, std::int64_t first, std::int64_t rows) {
     std::sort(screen.outlier_column, screen.outlier_column + screen.outliers);
 }
 
+// In place of screening: scores the rows' latents in float32, as candidates that need no rescoring.
+void score_rows(const Screen& screen, Row* rows, const float* const* x, const Meeting& of, bool first) {
+    const Weights& w = screen.args.weights;
+    for (std::int64_t i = of.low; i < of.high; ++i) {
+        const float* weight = w.data + i * w.stride;
+        if (first) screen.quantized.norm[i] = length(weight, w.d);
+        for (std::int64_t b = of.begin; b < of.end; ++b) {
+            Row& row = rows[b];
+            row.upper[row.count] = dot(weight, x[b], w.d, x[b + 1 < of.end ? b + 1 : of.begin]) +
+                                   (screen.args.bias ? screen.args.bias[i] : 0);
+            row.index[row.count++] = static_cast<std::int32_t>(i);
+        }
+    }
+    for (std::int64_t b = of.begin; b < of.end; ++b) rows[b].scored = rows[b].count;
+}
+
+// One row from its slots, whose candidates lie one after the other in memory.
+Row merge(const Row* slots, std::int64_t active) {
+    Row row = slots[0];
+    for (std::int64_t j = 1; j < active; ++j) {
+        row.certain &= slots[j].certain;
+        row.floor = std::max(row.floor, slots[j].floor);
+    }
+    if (!row.certain) {
+        give_up(row);
+        return row;
+    }
+    row.count = 0;
+    for (std::int64_t j = 0; j < active; ++j)
+        for (std::int32_t c = 0; c < slots[j].count; ++c) {
+            if (slots[j].upper[c] < row.floor) continue;
+            row.upper[row.count] = slots[j].upper[c];
+            row.index[row.count++] = slots[j].index[c];
+        }
+    row.scored = slots[0].scored ? row.count : 0;
+    return row;
+}
+
+// The slots of a block in the order in which they are screened: by expert, each expert's filled up to whole tiles.
+struct Places {
+    std::vector<std::int32_t> slot;  // in the block; -1 fills up
+    std::vector<Meeting> meetings;   // in parts of about equal size
+};
+
+Places places_of(const Experts* experts, std::int64_t n, std::int64_t first_slot, std::int64_t slots,
+                 std::int64_t tile, int threads) {
+    Places places;
+    const std::int64_t most = std::max(tile, (slots / (kPartsPerThread * threads) + tile - 1) / tile * tile);
+    const std::int64_t count = experts ? experts->count : 1;
+    for (std::int64_t e = 0; e < count; ++e) {
+        const std::int64_t begin = static_cast<std::int64_t>(places.slot.size());
+        if (experts) {
+            const std::int32_t* from = experts->order + experts->offsets[e];
+            const std::int32_t* to = experts->order + experts->offsets[e + 1];
+            from = std::lower_bound(from, to, first_slot);
+            to = std::lower_bound(from, to, first_slot + slots);
+            for (; from < to; ++from) places.slot.push_back(static_cast<std::int32_t>(*from - first_slot));
+        } else {
+            places.slot.resize(slots);
+            std::iota(places.slot.begin(), places.slot.end(), 0);
+        }
+        while (static_cast<std::int64_t>(places.slot.size()) % tile) places.slot.push_back(-1);
+        const std::int64_t end = static_cast<std::int64_t>(places.slot.size());
+        const std::int64_t tiles = (end - begin) / tile, parts = (end - begin + most - 1) / most;
+        for (std::int64_t part = 0; part < parts; ++part)
+            places.meetings.push_back({begin + tiles * part / parts * tile, begin + tiles * (part + 1) / parts * tile,
+                                       n / count * e, n / count * (e + 1)});
+    }
+    return places;
+}
+
 std::int64_t encode(const EncodeArgs& args) {
     const std::int64_t n = args.weights.n, d = args.weights.d, width = padded_width(d), latents = padded_latents(n);
+    const Experts* experts = args.experts;
+    const std::int64_t active = experts ? experts->active : 1, share = n / (experts ? experts->count : 1);
+    const bool screened = !experts || experts->screened, apart = experts && experts->apart;
+    const std::int64_t tile = screened ? kTileRows : 1;
     Screen screen{args, {}, 0, 0, 0, 0, {}};
-    screen.capacity = std::min(latents, std::max<std::int64_t>({4096, 32 * args.k, 4 * d})) + 4 * kPanel;
+    const std::int64_t met = std::min(latents, padded_latents(share) + kPanel);  // an expert may begin within a panel
+    screen.capacity =
+        screened ? std::min(met, std::max<std::int64_t>({4096, 32 * args.k, 4 * d})) + 4 * kPanel : share;
     const float largest_bias = args.bias ? largest_size(args.bias, n) : 0;
     screen.slack = 4e-7f * largest_bias + 1e-33f;
 
-    const std::int64_t most_rows = std::max<std::int64_t>(1, kCandidateBytes / (8 * screen.capacity));
+    const std::int64_t most_rows = std::max<std::int64_t>(1, kCandidateBytes / (8 * screen.capacity * active));
     const std::int64_t blocks = (args.rows + most_rows - 1) / most_rows;
-    const std::int64_t block_rows = (args.rows + blocks - 1) / blocks;
-    const std::int64_t tiles = (block_rows + kTileRows - 1) / kTileRows;
+    const std::int64_t block_rows = (args.rows + blocks - 1) / blocks, block_slots = block_rows * active;
+    const std::int64_t most_places =
+        block_slots + (tile - 1) * std::min(experts ? experts->count : 1, block_slots);
     const std::int64_t block_latents =
         args.quantized ? latents : std::min(latents, std::max(kPanel, kPackedBytes / width / kPanel * kPanel));
     Workspace workspace;
-    const auto rows = workspace.take<Row>(tiles * kTileRows);
-    const auto xq = workspace.take<std::int8_t>(tiles * kTileRows * width);
-    const auto upper = workspace.take<float>(tiles * kTileRows * screen.capacity);
-    const auto index = workspace.take<std::int32_t>(tiles * kTileRows * screen.capacity);
+    const auto rows = workspace.take<Row>(most_places);      // by place
+    const auto by_slot = workspace.take<Row>(block_slots);
+    const auto by_row = workspace.take<Row>(active > 1 && !apart ? block_rows : 0);
+    const auto sources = workspace.take<const float*>(most_places);
+    const auto xq = workspace.take<std::int8_t>(screened ? most_places * width : 0);
+    const auto upper = workspace.take<float>(block_slots * screen.capacity + kPanel);
+    const auto index = workspace.take<std::int32_t>(block_slots * screen.capacity + kPanel);
     const auto start = workspace.take<std::int32_t>(n + 1);
-    if (args.quantized) {
+    if (!screened) {
+        screen.quantized.norm = workspace.take<float>(latents);
+        std::fill_n(screen.quantized.norm, latents, 0.0f);
+    } else if (args.quantized) {
         screen.quantized = *args.quantized;
     } else {
         screen.quantized.packed = workspace.take<std::uint8_t>(block_latents * width);
@@ -695,43 +802,68 @@ std::int64_t encode(const EncodeArgs& args) {
 
     std::int64_t rescored = 0;
     for (std::int64_t top = 0; top < args.rows; top += block_rows) {
-        const std::int64_t count = std::min(block_rows, args.rows - top);
-        const std::int64_t used = (count + kTileRows - 1) / kTileRows;
-        find_outliers(screen, top, count);
+        const std::int64_t count = std::min(block_rows, args.rows - top), slots = count * active;
+        const Places places = places_of(experts, n, top * active, slots, tile, args.threads);
+        const std::int64_t used = static_cast<std::int64_t>(places.slot.size());
+        const std::int64_t meetings = static_cast<std::int64_t>(places.meetings.size());
+        if (screened) find_outliers(screen, top, count);
         parallel_for(used, args.threads, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t b = begin * kTileRows; b < end * kTileRows; ++b) {
-                rows[b].upper = upper + b * screen.capacity;
-                rows[b].index = index + b * screen.capacity;
-                // The last tile is filled up with copies of the last row, which collect nothing.
-                enter_row(screen, args.x + (top + std::min(b, count - 1)) * args.x_stride, xq + b * width, rows[b]);
-                if (b >= count) give_up(rows[b]);
+            std::vector<std::int8_t> unused(screened ? 0 : width);
+            std::int64_t slot = 0;
+            for (std::int64_t p = begin; p < end; ++p) {
+                const bool real = places.slot[p] >= 0;  // others are copies of any row, which collect nothing
+                slot = real ? places.slot[p] : slot;
+                rows[p].upper = upper + slot * screen.capacity;
+                rows[p].index = index + slot * screen.capacity;
+                sources[p] = args.x + (top + slot / active) * args.x_stride;
+                enter_row(screen, sources[p], screened ? xq + p * width : unused.data(), rows[p]);
+                if (!real) give_up(rows[p]);
             }
         });
         for (std::int64_t first = 0; first < latents; first += block_latents) {
             const std::int64_t last = std::min(latents, first + block_latents);
-            if (!args.quantized) {
+            if (screened && !args.quantized) {
                 screen.origin = first;
                 parallel_for((last - first) / kGroup, args.threads, [&](std::int64_t begin, std::int64_t end) {
                     quantize_from(first, args.weights, screen.quantized, first + begin * kGroup, first + end * kGroup);
                 });
             }
-            const std::int64_t parts = std::min<std::int64_t>(used, kPartsPerThread * args.threads);
-            parallel_for(used, args.threads, parts, [&](std::int64_t begin, std::int64_t end) {
-                screen_rows(screen, rows, xq, begin * kTileRows, end * kTileRows, first, last);
+            parallel_for(meetings, args.threads, meetings, [&](std::int64_t begin, std::int64_t end) {
+                std::vector<float> scratch(screen.capacity);
+                for (std::int64_t m = begin; m < end; ++m) {
+                    const Meeting& of = places.meetings[m];
+                    if (screened)
+                        screen_rows(screen, rows, xq, of, first, last, scratch.data());
+                    else if (first == 0)
+                        score_rows(screen, rows, sources, of, m == 0 || places.meetings[m - 1].low != of.low);
+                }
             });
         }
+        for (std::int64_t p = 0; p < used; ++p)
+            if (places.slot[p] >= 0) by_slot[places.slot[p]] = rows[p];
+        const bool merged = active > 1 && !apart;
+        if (merged)
+            parallel_for(count, args.threads, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t b = begin; b < end; ++b) by_row[b] = merge(by_slot + b * active, active);
+            });
         const bool finite = largest_bias < kLargest &&
                             std::all_of(screen.quantized.norm, screen.quantized.norm + n,
                                         [](float norm) { return norm <= std::numeric_limits<float>::max(); });
-        for (std::int64_t b = 0; b < count; ++b)
-            if (!finite) give_up(rows[b]);
-        Rescoring rescoring{screen, rows, count, top, start};
-        rescoring.queue_best();
-        rescored += rescoring.score();
-        rescoring.queue_rest();
-        rescored += rescoring.score();
+        const std::int64_t found = merged ? count : slots, per_row = merged ? 1 : active;
+        Row* found_rows = merged ? by_row : by_slot;
+        for (std::int64_t b = 0; b < found; ++b)
+            if (!finite) give_up(found_rows[b]);
+        Rescoring rescoring{screen, found_rows, found, top * per_row, per_row, screen.capacity * (merged ? active : 1), start};
+        if (screened) {
+            rescoring.queue_best();
+            rescored += rescoring.score();
+            rescoring.queue_rest();
+            rescored += rescoring.score();
+        } else {
+            rescored += slots * share;
+        }
         rescoring.select();
-        for (std::int64_t b = 0; b < count; ++b) args.certain[top + b] = rows[b].certain;
+        for (std::int64_t b = 0; b < found; ++b) args.certain[top * per_row + b] = found_rows[b].certain;
     }
     return rescored;
 }

@@ -55,12 +55,12 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         return f"has no {op} kernel"
     if _native is None:
         return _not_built
-    if op == "topk_encode":
+    if op in ("topk_encode", "routed_topk_encode"):
         if screen not in ("auto", "none", "int8"):
             return f"has no {screen} screening; use screen='auto', 'int8' or 'none'"
         if dtype != torch.float32:
             return f"serves float32, not {dtype}"
-    elif dtype not in _DTYPES:
+    elif dtype not in _DTYPES and op != "group_slots":
         return f"serves float32 and float64, not {dtype}"
     return None
 
@@ -157,30 +157,49 @@ def screens(n: int, d: int) -> bool:
 
 def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`."""
-    global last_encode
-    copy = _quantized.get(weight.data_ptr())
-    if copy is not None and not copy.is_current(weight):
-        copy = None
     rows, (n, d) = x.shape[0], weight.shape
+    copy = _current_copy(weight)
     # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
     worth = screens(n, d) and k <= n // 16 and (rows >= 8 or copy is not None)
     if screen == "none" or d > _WIDEST or (screen == "auto" and not worth):
         return reference.topk_encode(x, weight, bias, k, "none")
+    values, indices, repair = _encode(x, weight, bias, k, copy, rows, (0, 1, 0, 0, False, True))
+    if repair.numel():
+        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none")
+    return values, indices
+
+
+def _current_copy(weight: Tensor) -> Quantized | None:
+    copy = _quantized.get(weight.data_ptr())
+    return copy if copy is not None and copy.is_current(weight) else None
+
+
+def _encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    copy: Quantized | None,
+    out_rows: int,
+    routed: tuple[int, int, int, int, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and indices ``[out_rows, k]``, and which of these rows have to be computed otherwise."""
+    global last_encode
     x, weight = _rows(x), _rows(weight)
     bias = None if bias is None else bias.contiguous()
-    values = x.new_empty(rows, k)
-    indices = torch.empty(rows, k, dtype=torch.int32)
-    certain = torch.empty(rows, dtype=torch.bool)
+    values = x.new_empty(out_rows, k)
+    indices = torch.empty(out_rows, k, dtype=torch.int32)
+    certain = torch.empty(out_rows, dtype=torch.bool)
     rescored = _native.topk_encode(
         weight.data_ptr(),
         weight.stride(0),
-        n,
-        d,
+        *weight.shape,
+        routed,
         [0, 0, 0, 0] if copy is None else copy.addresses(),
         0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
         x.stride(0),
-        rows,
+        x.shape[0],
         k,
         values.data_ptr(),
         indices.data_ptr(),
@@ -188,9 +207,77 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: 
         torch.get_num_threads(),
     )
     repair = (~certain).nonzero().squeeze(1)
+    last_encode = EncodeStats(out_rows, rescored, repair.numel())
+    return values, indices, repair
+
+
+# Routing
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, n_active: int, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.route`."""
+    logits = x @ weight.T
+    gates = logits.softmax(1) if gate == "softmax" else logits.sigmoid()
+    scores = logits if bias is None else gates + bias.to(gates.dtype)
+    experts = torch.empty(x.shape[0], n_active, dtype=torch.int32)
+    _native.largest(
+        scores.element_size(), scores.data_ptr(), *scores.shape, n_active, experts.data_ptr(), torch.get_num_threads()
+    )
+    return logits, gates.gather(1, experts.long()), experts, *group_slots(experts, weight.shape[0])
+
+
+def group_slots(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.group_slots`."""
+    offsets, order = _sort_slots(experts.contiguous(), n_experts)
+    return order, offsets
+
+
+_DIRECT_UP_TO = 128
+"""Latents of an expert up to which float32 scores cost less than screening."""
+
+
+def routed_topk_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    experts: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    k: int,
+    per_expert: bool,
+    screen: str,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.routed_topk_encode`."""
+    (rows, active), (n, d), count = experts.shape, weight.shape, offsets.shape[0] - 1
+    copy = _current_copy(weight)
+    share = n // count
+    screened = (
+        d <= _WIDEST
+        and screen != "none"
+        and (
+            screen == "int8"
+            or (
+                isa() != "generic"
+                and share > max(_DIRECT_UP_TO, 4 * k)
+                and d >= 32
+                and (copy is not None or rows * active >= 8 * count)
+            )
+        )
+    )
+    order, offsets = order.contiguous(), offsets.contiguous()
+    out_rows = rows * active if per_expert else rows
+    routed = (count, active, order.data_ptr(), offsets.data_ptr(), per_expert, screened)
+    values, indices, repair = _encode(x, weight, bias, k, copy if screened else None, out_rows, routed)
+    values, indices = values.view(rows, -1), indices.view(rows, -1)
     if repair.numel():
-        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none")
-    last_encode = EncodeStats(rows, rescored, repair.numel())
+        again = (repair // active).unique() if per_expert else repair
+        chosen = experts[again]
+        slots = group_slots(chosen, count)
+        values[again], indices[again] = reference.routed_topk_encode(
+            x[again], weight, bias, chosen, *slots, k, per_expert, "none"
+        )
     return values, indices
 
 

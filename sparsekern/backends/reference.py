@@ -8,6 +8,7 @@ an entry, and a few blocks of :data:`PRODUCT_BYTES`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ def routed_topk_encode(
     values = x.new_empty(experts.numel(), width, dtype=_work_dtype(x.dtype))
     indices = torch.empty(experts.numel(), width, dtype=torch.int32, device=x.device)
     starts = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for expert, (start, end) in enumerate(pairwise(starts)):
         if start == end:
             continue
         slots = order[start:end].long()

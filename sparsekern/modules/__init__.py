@@ -2,5 +2,6 @@
 
 from sparsekern.modules.activations import Activation, TopK
 from sparsekern.modules.sae import SAE, LossOutput
+from sparsekern.modules.switch import SwitchSAE
 
-__all__ = ["SAE", "Activation", "LossOutput", "TopK"]
+__all__ = ["SAE", "Activation", "LossOutput", "SwitchSAE", "TopK"]

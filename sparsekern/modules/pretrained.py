@@ -29,7 +29,7 @@ def save_pretrained(module: SAE, path: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    config = {"format": FORMAT, "dtype": str(module.W_enc.dtype).removeprefix("torch."), **module.config()}
+    config = {"format": FORMAT, "dtype": str(module.b_dec.dtype).removeprefix("torch."), **module.config()}
     write_json(folder / CONFIG, config)
 
 

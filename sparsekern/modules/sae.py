@@ -31,12 +31,15 @@ class LossOutput(NamedTuple):
         Codes of the batch.
     fvu : Tensor []
         Fraction of variance unexplained over the batch, detached.
+    measures : dict[str, Tensor]
+        What else to log of the batch, 0-dimensional and detached.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     codes: SparseCodes
     fvu: Tensor
+    measures: dict[str, Tensor]
 
 
 class SAE(nn.Module):
@@ -100,9 +103,7 @@ class SAE(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        for name, number in {"d_in": d_in, "d_sae": d_sae, "dead_after": dead_after}.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        check_counts(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if not isinstance(activation, Activation):
             raise ValueError(f"activation must be an Activation such as sparsekern.TopK(32), got {activation!r}")
         if aux_coefficient < 0:
@@ -127,12 +128,30 @@ class SAE(nn.Module):
         """Sizes, for printing."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, pre_bias={self.pre_bias}"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.b_dec.device
+
+    @property
+    def screen(self) -> str:
+        """Precision of the encoder's screening pass."""
+        return getattr(self.activation, "screen", "auto")
+
     # Forward
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of the activations `x` ``[..., d_in]``."""
         self._check_x(x)
-        return self.activation.encode(x, self.W_enc, self.b_enc, self._center())
+        return self._encode(x)[0]
+
+    def _encode(self, x: Tensor) -> tuple[SparseCodes, Any]:
+        """Codes, and what else of the encoder the loss of this class is made of."""
+        return self.activation.encode(x, self._encoder(), self.b_enc, self._center()), None
+
+    def _encoder(self) -> Tensor:
+        """The encoder's rows as they act."""
+        return self.W_enc
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Reconstruction ``[..., d_in]`` from codes."""
@@ -165,10 +184,10 @@ class SAE(nn.Module):
         """:meth:`loss` with `room` places for dead latents in AuxK, so that nothing waits for the device."""
         x = x.reshape(-1, self.d_in)
         target = x if target is None else target.reshape(-1, self.d_in)
-        codes = self.encode(x)
+        codes, trace = self._encode(x)
         error = self.decode(codes) - target
-        fvu = _fvu(error, target)
-        parts = {"reconstruction": fvu}
+        fvu = fvu_of(error, target)
+        parts = {"reconstruction": fvu, **self._penalties(target, codes, trace)}
         if self.training and self.aux_coefficient > 0 and room != 0:
             # The rows are gathered first: what follows costs in proportion to the dead latents only.
             dead = dead_rows(self.dead_mask(), room)
@@ -176,24 +195,40 @@ class SAE(nn.Module):
                 parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
         total = torch.stack(list(parts.values())).sum()
         if self.training:
-            with torch.no_grad():
-                # A batch that is not finite changes nothing, as in the optimizer.
-                finite = total.isfinite()
-                self.tokens_since_fired += x.shape[0] * finite
-                self.tokens_since_fired.masked_fill_((codes.firing_counts() > 0) & finite, 0)
-        return LossOutput(total, parts, codes, fvu.detach())
+            with torch.no_grad():  # a batch that is not finite changes nothing, as in the optimizer
+                self._count(codes, trace, total.isfinite())
+        return LossOutput(total, parts, codes, fvu.detach(), self._measures(trace))
+
+    def _penalties(self, target: Tensor, codes: SparseCodes, trace: Any) -> dict[str, Tensor]:
+        """Parts of the loss beside reconstruction and AuxK, weighted."""
+        return {}
+
+    def _measures(self, trace: Any) -> dict[str, Tensor]:
+        """What to log beside the loss."""
+        return {}
+
+    def _count(self, codes: SparseCodes, trace: Any, finite: Tensor) -> None:
+        """Advance the counters of training by one batch, if it is `finite`."""
+        self.tokens_since_fired += codes.values.shape[0] * finite
+        self.tokens_since_fired.masked_fill_((codes.firing_counts() > 0) & finite, 0)
+
+    def after_step_(self, finite: Tensor) -> None:
+        """To be called after each step of the optimizer; `finite` ``[]`` says whether it changed anything.
+
+        Nothing to do here; routed SAEs revive experts. :class:`sparsekern.Trainer` calls it.
+        """
 
     def dead_room(self) -> int | None:
         """Places that AuxK needs for the dead latents in the next batch; None where they can be counted at once."""
         if not self.training or self.aux_coefficient == 0:
             return 0
-        if self.W_enc.device.type == "cpu":
+        if self.device.type == "cpu":
             return None
         return self._dead_bound.bound(self.tokens_since_fired, self.dead_after)
 
     def ask_for_dead(self, tokens: int) -> None:
         """After a batch of so many tokens: ask the device how many latents could be dead soon."""
-        if self.training and self.aux_coefficient > 0 and self.W_enc.device.type == "cuda":
+        if self.training and self.aux_coefficient > 0 and self.device.type == "cuda":
             self._dead_bound.ask(self.tokens_since_fired, self.dead_after, tokens)
 
     def dead_mask(self) -> Tensor:
@@ -223,11 +258,27 @@ class SAE(nn.Module):
         bias = self.b_enc[dead.rows]
         if dead.used is not None:
             bias = torch.where(dead.used, bias, -torch.inf)  # so that the places beyond the dead ones never fire
-        codes = topk_encode(x, gather_rows(self.W_enc, dead.rows), bias, k, center=self._center())
-        fvu = _fvu(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
+        codes = topk_encode(x, gather_rows(self._encoder(), dead.rows), bias, k, center=self._center())
+        fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
         return fvu if dead.used is None else fvu * dead.used.any()
 
-    # The constraint on the decoder, and the start
+    # The weights with a row a latent, the constraint on the decoder, and the start
+
+    def latent_weights(self) -> list[nn.Parameter]:
+        """The weights of one row a latent, whose gradients an optimizer can keep as factors."""
+        return [self.W_enc, self.W_dec]
+
+    def unit_weights(self) -> list[nn.Parameter]:
+        """Those whose rows are kept at unit norm."""
+        return [self.W_dec]
+
+    def screened_weights(self) -> list[nn.Parameter]:
+        """Those that an encoder searches, and may keep a low-precision copy of."""
+        return [self.W_enc]
+
+    def is_fresh(self) -> bool:
+        """Whether the biases are still at zero, as before :meth:`fit_start_` and training; waits for the device."""
+        return not self.b_dec.any() and not self.b_enc.any()
 
     @torch.no_grad()
     def fit_start_(self, x: Tensor, center: str = "geometric_median") -> None:
@@ -249,29 +300,38 @@ class SAE(nn.Module):
         ValueError
             On non-finite activations, and on an unknown `center`.
         """
+        self._fit_center_(x, center)
+        self._fit_scale_(x)
+
+    def _fit_center_(self, x: Tensor, center: str) -> None:
         centers = {"geometric_median": geometric_median, "mean": lambda rows: rows.mean(0), "zeros": lambda _: 0}
         if center not in centers:
             raise ValueError(f"center must be one of {', '.join(centers)}, got {center!r}")
-        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        rows = x.reshape(-1, self.d_in).to(self.b_dec.dtype)
         check_finite("x", rows)
         self.b_dec[:] = centers[center](rows)
+
+    def _fit_scale_(self, x: Tensor) -> None:
+        rows = x.reshape(-1, self.d_in).to(self.b_dec.dtype)
         recon = self(rows) - self.b_dec
         scale = (recon * (rows - self.b_dec)).sum() / recon.square().sum()
         if scale > 0:  # not on constant rows, which have nothing to fit
-            self.W_enc.mul_(scale)
+            for weight in self.screened_weights():
+                weight.mul_(scale)
 
     @torch.no_grad()
     def normalize_decoder_(self, where: Tensor | None = None) -> None:
         """Scale every decoder row to unit norm; with `where` ``[]`` bool, only if that is true."""
-        norm = self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
-        self.W_dec.div_(norm if where is None else torch.where(where, norm, 1))
+        for weight in self.unit_weights():
+            norm = weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+            weight.div_(norm if where is None else torch.where(where, norm, 1))
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> None:
         """Remove from the decoder's gradient its component along each (unit) row: it could only change the norm."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        for weight in self.unit_weights():
+            if weight.grad is not None:
+                weight.grad.addcmul_((weight.grad * weight).sum(1, keepdim=True), weight, value=-1)
 
     # Saving
 
@@ -290,18 +350,18 @@ class SAE(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> SAE:
-        """A module with fresh weights from what :meth:`config` returned."""
+        """A module with fresh weights from what :meth:`config` returned, of this class or one derived from it."""
         options = dict(config)
-        if options.pop("class", None) != cls.__name__:
-            raise ValueError(f"the configuration is of class {config.get('class')!r}, not {cls.__name__}")
-        chosen = dict(options.pop("activation", {}))
-        name = chosen.pop("name", None)
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        name = options.pop("class", None)
+        kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
+        if name not in kinds:
+            raise ValueError(f"the configuration is of class {name!r}, not {' or '.join(kinds)}")
+        if "activation" in options:
+            options["activation"] = _activation(dict(options["activation"]))
         try:
-            return cls(activation=ACTIVATIONS[name](**chosen), dtype=dtype, **options)
+            return kinds[name](dtype=dtype, **options)
         except TypeError as error:
-            raise ValueError(f"the configuration does not fit {cls.__name__}: {error}") from error
+            raise ValueError(f"the configuration does not fit {name}: {error}") from error
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into the folder `path`, made if needed."""
@@ -313,7 +373,25 @@ class SAE(nn.Module):
         return load_pretrained(cls, path_or_hub_id, device)
 
 
-def _fvu(error: Tensor, target: Tensor) -> Tensor:
+def check_counts(**numbers: Any) -> None:
+    """Each is a whole number of at least 1."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+
+
+def _with_subclasses(cls: type[SAE]) -> list[type[SAE]]:
+    return [cls, *(kind for derived in cls.__subclasses__() for kind in _with_subclasses(derived))]
+
+
+def _activation(config: dict[str, Any]) -> Activation:
+    name = config.pop("name", None)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name](**config)
+
+
+def fvu_of(error: Tensor, target: Tensor) -> Tensor:
     """Share of the batch variance of `target` ``[B, d]`` that is `error`, in float32 at least."""
     work = torch.promote_types(error.dtype, torch.float32)
     error, target = error.to(work), target.to(work)

@@ -44,6 +44,7 @@ def route(
     n_active : int
         Experts a token, ``1 ≤ n_active ≤ n_experts``.
     gate : {"softmax", "sigmoid"}
+        Over all experts, or of each logit alone.
     selection_bias : Tensor [n_experts] or None
         Added to the gates for the choice alone, which is then by the largest sums: the knob of balancing without an
         auxiliary loss. It gets no gradient.
@@ -61,8 +62,8 @@ def route(
 
     References
     ----------
-    Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 3; Wang et
-    al., *Auxiliary-loss-free load balancing strategy for mixture-of-experts* (arXiv 2408.15664) for the bias.
+    Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 3; Wang
+    et al., *Auxiliary-loss-free load balancing strategy for mixture-of-experts* (arXiv 2408.15664) for the bias.
     """
     check_floating(x=x, W_router=W_router, selection_bias=selection_bias, center=center)
     check_matrix("W_router", W_router)
@@ -128,13 +129,15 @@ def _backward(ctx, grad_logits: Tensor, grad_gates: Tensor, _experts, _order, _o
             gates = logits.sigmoid()
             slope = gates * (1 - gates) * spread
         dlogits = grad_logits + slope
-        dx = dlogits @ weight.to(dlogits.dtype) if needs_x or needs_center else None
-        dw = None
+        dx = dw = dc = None
+        if needs_x:
+            dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype)
         if needs_weight:
             vectors = x if center is None else x - center
             dw = (dlogits.T @ vectors.to(dlogits.dtype)).to(weight.dtype)
-        dc = -dx.sum(0).to(x.dtype) if needs_center else None
-    return dx.to(x.dtype) if needs_x else None, dw, dc, None, None, None
+        if needs_center:
+            dc = -(dlogits.sum(0) @ weight.to(dlogits.dtype)).to(x.dtype)
+    return dx, dw, dc, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_setup_context)

@@ -58,13 +58,13 @@ def routed_topk_encode(
     Raises
     ------
     ValueError
-        On a wrong shape, dtype, device, k or screen, on a routing of other tokens or another number of latents, an empty
-        batch, and non-finite values of `x`.
+        On a wrong shape, dtype, device, k or screen, on a routing of other tokens or another number of latents, an
+        empty batch, and non-finite values of `x`.
 
     References
     ----------
-    Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 3, for one
-    expert; Xu et al., *Beyond redundancy* (arXiv 2511.05745) for one selection over several.
+    Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 3, for
+    one expert; Xu et al., *Beyond redundancy* (arXiv 2511.05745) for one selection over several.
     """
     rows, weight, bias, middle = encoder_arguments(x, W_enc, b_enc, center, screen)
     d_sae, n_experts, n_active = weight.shape[0], route.n_experts, route.n_active

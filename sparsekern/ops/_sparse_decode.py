@@ -161,7 +161,7 @@ def _gather_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     return (
         _sparse_decode(grad_out, indices, weight, None) if needs[0] else None,
         None,
-        _scatter_outer(grad_out, indices, grad, weight.shape[0]) if needs[2] else None,
+        weight_gradient(weight, grad_out, indices, grad) if needs[2] else None,
     )
 
 

@@ -43,9 +43,9 @@ class Adam:
     ) -> None:
         self.sae, self.betas, self.eps, self.rest_after = sae, betas, eps, rest_after
         self.parameters = [p for p in sae.parameters() if p.requires_grad]
-        capturable = sae.W_enc.device.type == "cuda"  # in a CUDA graph
+        capturable = sae.device.type == "cuda"  # in a CUDA graph
         self.torch = torch.optim.Adam(self.parameters, lr=0.0, betas=betas, eps=eps, fused=True, capturable=capturable)
-        self._copy: Any = None
+        self._copies: dict[Tensor, Any] = {}
         weights = self._factored()[1]
         if rest_after is not None and (not weights or weights[0].device.type != "cpu"):
             raise ValueError("rest_after needs the CPU kernels and float32 weights; see `sparsekern doctor`")
@@ -57,7 +57,7 @@ class Adam:
 
     def _factored(self) -> tuple[ModuleType | None, list[nn.Parameter]]:
         """The backend that updates the weights of one row a latent, and those that it can update."""
-        rows = [p for p in self.parameters if p.dim() == 2 and p.shape[0] == self.sae.d_sae]
+        rows = [p for p in self.sae.latent_weights() if p.requires_grad]
         engine = updater(rows[0]) if rows else None
         return engine, [p for p in rows if engine is not None and engine.updates(p)]
 
@@ -111,26 +111,27 @@ class Adam:
         rest = torch.zeros((), dtype=torch.float64, device=finite.device)
         for grad in dense:
             rest = rest + grad.square().sum(dtype=torch.float64)
-        gradients = [(found, weight, weight is sae.W_dec) for weight, found in factors.items()]
+        unit = set(sae.unit_weights())
+        gradients = [(found, weight, weight in unit) for weight, found in factors.items()]
         clip = engine.clip_factor(gradients, rest, clip_norm)
         for grad in dense:
             grad.mul_(clip)
         self.torch.step()
-        squares = [rest]
+        squares, screened = [rest], set(sae.screened_weights())
         for found, weight, unit_rows in gradients:
             copy = self._current_copy(weight)
             options = {"lr": lr, "betas": self.betas, "eps": self.eps, "clip": clip, "copy": copy, "finite": finite}
             state = self._state_of(weight)
             squares.append(engine.row_adam(found, weight, unit_rows, state, **options, rest_after=self.rest_after))
-            if weight is sae.W_enc and copy is None and engine.screens(*weight.shape):
-                self._copy = engine.quantized(weight, getattr(sae.activation, "screen", "auto"))
-        if sae.W_dec not in factors:
+            if copy is None and weight in screened and engine.screens(*weight.shape):
+                self._copies[weight] = engine.quantized(weight, sae.screen)
+        if not unit <= factors.keys():
             sae.normalize_decoder_(finite)
         return torch.stack(squares).sum().sqrt().float()
 
     def _current_copy(self, weight: nn.Parameter) -> Any:
         """The copy of this weight to refresh, if there is one and nobody else changed the weight meanwhile."""
-        found = self._copy if weight is self.sae.W_enc else None
+        found = self._copies.get(weight)
         return found if found is not None and found.is_current(weight) else None
 
     def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Evaluation:
     ValueError
         If there are fewer than two tokens.
     """
-    device = sae.W_enc.device
+    device = sae.device
     total = {"error": 0.0, "norm": 0.0, "cosine": 0.0, "l0": 0}
     sums = torch.zeros(2, sae.d_in, dtype=torch.float64, device=device)  # of the data, of the error
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)

@@ -21,7 +21,7 @@ class _Recorded(NamedTuple):
     x: Tensor
     target: Tensor | None
     lr: Tensor
-    measures: tuple[Tensor, ...]
+    measures: dict[str, Tensor]
 
 
 class StepGraphs:
@@ -32,7 +32,7 @@ class StepGraphs:
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
         self._seen: dict[tuple[object, ...], int] = {}
 
-    def step(self, x: Tensor, target: Tensor | None, room: int | None, lr: float) -> tuple[Tensor, ...]:
+    def step(self, x: Tensor, target: Tensor | None, room: int | None, lr: float) -> dict[str, Tensor]:
         """What :meth:`sparsekern.Trainer.device_step` does and returns."""
         key = (x.shape, x.dtype, None if target is None else target.dtype, room)
         self._seen[key] = self._seen.get(key, 0) + 1
@@ -46,7 +46,7 @@ class StepGraphs:
             recorded.target.copy_(target)
         recorded.lr.fill_(lr)
         recorded.graph.replay()
-        return tuple(measure.clone() for measure in recorded.measures)  # the next replay writes over them
+        return {name: value.clone() for name, value in recorded.measures.items()}  # the next replay writes over them
 
     def _record(self, x: Tensor, target: Tensor | None, room: int | None) -> _Recorded:
         own_x, own_target = x.clone(), None if target is None else target.clone()

@@ -32,6 +32,8 @@ class StepStats(NamedTuple):
     skipped : Tensor []
         Batches so far whose loss was not finite, as from NaN in them or by overflow. They change nothing and are
         noticed when these numbers are read; on a CPU, NaN and infinity in a batch raise at once.
+    measures : dict[str, Tensor]
+        What else the module measures, such as the loads of experts.
     """
 
     step: int
@@ -43,6 +45,7 @@ class StepStats(NamedTuple):
     grad_norm: Tensor
     dead_fraction: Tensor
     skipped: Tensor
+    measures: dict[str, Tensor]
 
     def to_floats(self) -> dict[str, float]:
         """All entries as Python numbers; waits for the device.
@@ -57,7 +60,9 @@ class StepStats(NamedTuple):
                 f"x held NaN or infinity, or made the loss overflow, in {int(self.skipped)} of {self.step} batches, "
                 "which changed nothing; remove or repair such rows. validate=True tells at once which"
             )
-        return {name: value.item() if isinstance(value, Tensor) else value for name, value in self._asdict().items()}
+        found = self._asdict()
+        found |= found.pop("measures")
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 class Trainer:
@@ -91,15 +96,15 @@ class Trainer:
             self.warmup_steps = config.warmup_steps
         else:
             self.warmup_steps = 1000 if config.steps is None else min(1000, config.steps // 20)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
-        self._graphs = StepGraphs(self) if config.cuda_graph and sae.W_enc.device.type == "cuda" else None
+        self._skipped = torch.zeros((), dtype=torch.int64, device=sae.device)
+        self._graphs = StepGraphs(self) if config.cuda_graph and sae.device.type == "cuda" else None
         self._named = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self.optimizer = Adam(sae, betas=(config.beta1, config.beta2), eps=config.eps, rest_after=config.rest_after)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
         """One step on the batch `x` ``[..., d_in]``; a ValueError for bad input leaves everything as it was."""
         sae, config = self.sae, self.config
-        device = sae.W_enc.device
+        device = sae.device
         x = x.to(device)
         target = None if target is None else target.to(device)
         sae.check_batch(x, target)
@@ -107,7 +112,7 @@ class Trainer:
             check_finite("target", target)
         if config.validate and device.type != "cpu":
             check_finite("x", x)
-        if config.fit_start and self.steps_done == 0 and not sae.b_dec.any() and not sae.b_enc.any():
+        if config.fit_start and self.steps_done == 0 and sae.is_fresh():
             sae.fit_start_(x, config.b_dec_init)
         sae.train()
         lr = self.peak_lr * warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
@@ -120,16 +125,25 @@ class Trainer:
         sae.ask_for_dead(tokens)
         self.steps_done += 1
         self.tokens_seen += tokens
-        return StepStats(self.steps_done, self.tokens_seen, lr, *measures)
+        of_step = {name: measures.pop(name) for name in StepStats._fields if name in measures}
+        return StepStats(self.steps_done, self.tokens_seen, lr, **of_step, measures=measures)
 
-    def device_step(self, x: Tensor, target: Tensor | None, room: int | None, lr: float | Tensor) -> tuple[Tensor, ...]:
+    def device_step(self, x: Tensor, target: Tensor | None, room: int | None, lr: float | Tensor) -> dict[str, Tensor]:
         """What of a step is work for the device: loss, gradients, update, and the tensors of its statistics."""
         out = self.sae.loss_with_room(x, target, room)
         grad_norm = self.optimizer.step(out.total, lr=lr, clip_norm=self.config.clip_norm or float("inf"))
         loss = out.total.detach()
+        self.sae.after_step_(loss.isfinite())
         self._skipped += ~loss.isfinite()
-        l0, dead = out.codes.l0().float().mean(), self.sae.dead_mask().float().mean()
-        return loss, out.fvu, l0, grad_norm, dead, self._skipped.clone()
+        return {
+            "loss": loss,
+            "fvu": out.fvu,
+            "l0": out.codes.l0().float().mean(),
+            "grad_norm": grad_norm,
+            "dead_fraction": self.sae.dead_mask().float().mean(),
+            "skipped": self._skipped.clone(),
+            **out.measures,
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a bit-identical continuation needs, as flat named tensors: weights, optimizer, counters."""

@@ -135,7 +135,7 @@ def test_the_int8_copy_follows_the_weights():
         trainer.step(x)
     if not cpu.screens(2048, 64):
         pytest.skip("no screening at this instruction set")
-    kept = trainer.optimizer._copy
+    kept = trainer.optimizer._copies[sae.W_enc]
     fresh = cpu.Quantized(sae.W_enc.detach())
     for name in ("packed", "scale", "error", "norm"):
         assert torch.equal(getattr(kept, name), getattr(fresh, name)), name
@@ -146,7 +146,7 @@ def test_the_int8_copy_follows_the_weights():
     trainer.step(x)
     trainer.step(x)
     fresh = cpu.Quantized(sae.W_enc.detach())
-    assert torch.equal(trainer.optimizer._copy.packed, fresh.packed)
+    assert torch.equal(trainer.optimizer._copies[sae.W_enc].packed, fresh.packed)
 
 
 @needs_native

@@ -43,7 +43,7 @@ def test_equal_to_the_reference(triton_device, monkeypatch):
     monkeypatch.setattr(triton, "screens", lambda n, d: True)  # from the second step on with the optimizer's copy
     batches = torch.randn(3, ROWS, D, device=triton_device)
     mine, my_stats = trained(triton_device, batches, clip_norm=0.1)
-    assert mine.optimizer._copy.is_current(mine.sae.W_enc)
+    assert mine.optimizer._copies[mine.sae.W_enc].is_current(mine.sae.W_enc)
     monkeypatch.setenv("SPARSEKERN_BACKEND", "reference")
     theirs, their_stats = trained(triton_device, batches, clip_norm=0.1)
     for a, b in zip(my_stats, their_stats, strict=True):
