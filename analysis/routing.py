@@ -38,7 +38,7 @@ _BATCH = 8192  # tokens encoded at a time
 _TILE = 2048  # rows a side of a tile of cosines: 16 MiB
 _DENSE_TILE = 65536  # candidates in a tile beyond which all its cosines are computed
 _KMEANS_TOKENS = 32768  # k-means is fitted on so many tokens at most
-_NULL_QUERIES = 4096  # random latents whose duplicates are looked for among all others
+_NULL_QUERIES = 1024  # random latents whose duplicates are looked for among all others
 _NULL_EXPERTS = 8  # under a permutation experts are alike: so many stand for all
 
 
@@ -56,7 +56,7 @@ class RouterGeometry:
     loads : Tensor [E] int64
         Tokens of each expert.
     alive : Tensor [d_sae] bool
-        Latents that are active on at least one token; the measures of latents are over these.
+        Latents that are active on at least one token; those of the measures that are about latents are over these.
     router_cosines : Tensor [E, E]
         Cosines of the router's rows, less their mean.
     ranks : Tensor [E] int64
@@ -167,7 +167,7 @@ def router_geometry(
     duplicate_cosine: float = 0.9,
     energy: float = 0.9,
     n_null: int = 20,
-    n_routers: int = 5,
+    n_costly: int = 5,
     seed: int = 0,
     progress: bool = False,
 ) -> RouterGeometry:
@@ -189,9 +189,10 @@ def router_geometry(
     energy : float
         Share of the squared norm of an expert's alive decoder rows that its span holds.
     n_null : int
-        Permutations for each null.
-    n_routers : int
-        Random routers, and k-means routers.
+        Permutations of the labels, and of the latents for the silhouette and the duplicates.
+    n_costly : int
+        Samples of what costs as much as the number itself: random and k-means routers, random dictionaries, and
+        permutations of the latents for spans and merge tree. At most `n_null`.
     seed : int
         Determines all that is random.
     progress : bool
@@ -212,7 +213,7 @@ def router_geometry(
     Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 5, for
     the duplicates and the expert's geometry.
     """
-    label_sets = _checked(sae, x, labels, duplicate_cosine, energy, n_null, n_routers)
+    label_sets = _checked(sae, x, labels, duplicate_cosine, energy, n_null, n_costly)
     generator = torch.Generator().manual_seed(seed)
     steps = Progress("router geometry", 6, unit="parts", shown=progress)
     with steps as bar:
@@ -222,9 +223,9 @@ def router_geometry(
         bar.update(1, note="routers")
         x_cpu, center = x.detach().cpu().float(), sae.b_router.detach().cpu().float()
         rows = _centred_rows(sae.W_router)
-        random = [_random_router(rows, generator) for _ in range(n_routers)]
+        random = [_random_router(rows, generator) for _ in range(n_costly)]
         random_experts = [((x_cpu - center) @ router.T).argmax(1) for router in random]
-        means = [_kmeans(x_cpu, len(rows), seed + index) for index in range(n_routers)]
+        means = [_kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
         results = {
             "router_cosine": Result(
                 "largest cosine between two router rows",
@@ -269,22 +270,29 @@ def router_geometry(
             {
                 "latents permuted among experts": samples(
                     _mean_pair(_overlaps(_spans(decoder, other, _drawn(owner, generator), energy)))
-                    for other in permuted
+                    for other in permuted[:n_costly]
                 ),
                 "random subspaces of these ranks": samples(
-                    _mean_pair(_overlaps(_random_spans(spans, generator))) for _ in range(n_null)
+                    _mean_pair(_overlaps(_random_spans(spans, generator))) for _ in range(n_costly)
                 ),
             },
             tail="two-sided",
         )
         bar.update(4, note="duplicates")
         results |= _duplicate_results(
-            decoder, torch.cat([owner[None], permuted]), duplicate_cosine, n_routers, generator
+            decoder, torch.cat([owner[None], permuted]), duplicate_cosine, n_costly, generator
         )
         bar.update(5, note="merge tree")
         similarities = _similarities(decoder, owner, len(rows))
         leaves = (_count(owner, len(rows)) > 0).nonzero().squeeze(1)
-        tree, results["tree"] = _merge_tree(similarities[leaves][:, leaves].double(), n_null, generator)
+        distances = _distances(similarities, leaves)
+        tree = torch.from_numpy(linkage(distances, "average")) if len(distances) else torch.empty(0, 4).double()
+        shuffled = (_distances(_similarities(decoder, other, len(rows)), leaves) for other in permuted[:n_costly])
+        results["tree"] = Result(
+            "fit of the merge tree (cophenetic correlation)",
+            _tree_fit(distances),
+            {"latents permuted among experts": samples(_tree_fit(other) for other in shuffled)},
+        )
         bar.update(6)
     return RouterGeometry(
         results=results,
@@ -345,7 +353,7 @@ def silhouette(unit: Tensor, owner: Tensor, n_experts: int) -> float:
 
 
 def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | None = None) -> Tensor:
-    """Which unit rows ``[n, d]`` have another row at more than `cosine`, inside their group and in another one.
+    """Which unit rows have another row at more than `cosine`, inside their group and in another one.
 
     Exact, without an n × n matrix. By Cauchy–Schwarz a product is at most that of some leading coordinates plus the
     product of the norms of the rest, and that is the product of two short rows: one small matmul a tile names the
@@ -354,9 +362,11 @@ def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | N
     Parameters
     ----------
     unit : Tensor [n, d]
+        Rows of unit norm.
     owners : Tensor [m, n] int64
         Groups of the rows; m groupings at a time cost little more than one.
     cosine : float
+        Above which rows are duplicates.
     queries : int or None
         Answer for the first so many rows only.
 
@@ -402,7 +412,7 @@ def _checked(
     duplicate_cosine: float,
     energy: float,
     n_null: int,
-    n_routers: int,
+    n_costly: int,
 ) -> dict[str, Tensor]:
     """The labels by name, once everything has been looked at."""
     if not isinstance(sae, SwitchSAE):
@@ -419,9 +429,8 @@ def _checked(
         raise ValueError(f"duplicate_cosine must be between 0 and 1, got {duplicate_cosine}")
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, got {energy}")
-    for name, number in {"n_null": n_null, "n_routers": n_routers}.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    if not 1 <= n_costly <= n_null:
+        raise ValueError(f"n_costly must be at least 1 and at most n_null={n_null}, got {n_costly}")
     if labels is None:
         return {}
     named = labels if isinstance(labels, Mapping) else {"labels": labels}
@@ -544,8 +553,8 @@ def _duplicate_results(
 
 def _random_shares(unit: Tensor, owner: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
     """The same two shares for random latents with the second moment of the true ones, from a sample of queries."""
-    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
-    draw = torch.randn(unit.shape, generator=generator) @ (vectors * values.clamp(min=0).sqrt()).T
+    values = torch.linalg.eigvalsh(unit.T @ unit / len(unit))
+    draw = torch.randn(unit.shape, generator=generator) * values.clamp(min=0).sqrt()  # in principal coordinates
     order = torch.randperm(len(owner), generator=generator)  # else the queries are all of the first experts
     return with_duplicate(normalize(draw, dim=1), owner[order][None], cosine, _NULL_QUERIES)[0].double().mean(1)
 
@@ -557,22 +566,16 @@ def _similarities(unit: Tensor, owner: Tensor, n_experts: int) -> Tensor:
     return (moments @ moments.T / norms / norms[:, None]).clamp(max=1).fill_diagonal_(1)
 
 
-def _merge_tree(similarities: Tensor, n_null: int, generator: torch.Generator) -> tuple[Tensor, Result]:
-    """Average linkage of the distances, and how well a tree describes them: the cophenetic correlation."""
-    name = "fit of the merge tree (cophenetic correlation)"
-    if len(similarities) < 2:
-        return torch.empty(0, 4, dtype=torch.float64), Result(name, float("nan"), {})
-    distances = squareform((1 - similarities).clamp(min=0).fill_diagonal_(0).numpy(), checks=False)
-    null = "distances permuted among the pairs"
-    fit, shuffled = float("nan"), samples([])
-    if len(similarities) > 2 and np.ptp(distances) > 0:  # else any tree fits
-        fit = _tree_fit(distances)
-        orders = (torch.randperm(len(distances), generator=generator).numpy() for _ in range(10 * n_null))
-        shuffled = samples(_tree_fit(distances[order]) for order in orders)
-    return torch.from_numpy(linkage(distances, "average")), Result(name, fit, {null: shuffled})
+def _distances(similarities: Tensor, leaves: Tensor) -> np.ndarray:
+    """Distances of the pairs of `leaves`, in scipy's condensed form."""
+    distances = (1 - similarities[leaves][:, leaves].double()).clamp(min=0).fill_diagonal_(0)
+    return squareform(distances.numpy(), checks=False)
 
 
 def _tree_fit(distances: np.ndarray) -> float:
+    """Cophenetic correlation of the average linkage; NaN for fewer than three experts, which any tree fits."""
+    if len(distances) < 3 or np.ptp(distances) == 0:
+        return float("nan")
     return float(cophenet(linkage(distances, "average"), distances)[0])
 
 
