@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +87,11 @@ class Result:
 
     def plot(self, axes: Any = None) -> Any:
         """Draw the samples of each null and control as dots, a row each, and the value as a line; returns the axes."""
-        axes = new_axes(height=0.9 + 0.35 * len(self.to_records())) if axes is None else axes
-        rows = [(name, samples, "0.45") for name, samples in self.nulls.items()]
-        rows += [(name, samples, "C1") for name, samples in self.controls.items()]
-        for y, (_, samples, color) in enumerate(rows):
-            axes.plot(samples.tolist(), [y] * len(samples), "o", ms=5, mew=0, alpha=0.5, color=color, clip_on=False)
+        groups = {name: (samples, "0.45") for name, samples in self.nulls.items()}
+        groups |= {name: (samples, "C1") for name, samples in self.controls.items()}
+        axes = new_axes(height=0.9 + 0.3 * len(groups)) if axes is None else axes
+        strip(axes, groups)
+        axes.set_xlabel(self.name)
         if self.value == self.value:
             axes.axvline(self.value, color="C0", lw=2)
             axes.annotate(
@@ -102,10 +103,6 @@ class Result:
                 ha="center",
                 color="C0",
             )
-        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(self.name)
-        axes.margins(x=0.08)
         return axes
 
 
@@ -130,15 +127,48 @@ def markdown(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Iterable[Result]) -> Any:
+    """A panel for each result, one above the other; returns the matplotlib figure."""
+    kept = list(results)
+    heights = [0.75 + 0.27 * (len(result.nulls) + len(result.controls)) for result in kept]
+    panels = _figure(7.5, sum(heights)).subplots(len(kept), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, result in zip(panels, kept, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        result.plot(axes)
+    return panels[0].figure
+
+
+def strip(axes: Any, groups: Mapping[str, tuple[Tensor, str]]) -> None:
+    """Draw groups of numbers as dots, a row each from the top, in the colour beside them."""
+    for y, (numbers, color) in enumerate(groups.values()):
+        axes.plot(numbers.tolist(), [y] * len(numbers), "o", ms=5, mew=0, alpha=0.5, color=color, clip_on=False)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.margins(x=0.08)
+
+
+def plain(value: Any) -> Any:
+    """`value` with None for NaN and infinity, which JSON does not have, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def new_axes(width: float = 7, height: float = 4) -> Any:
     """Axes of a new matplotlib figure, in the look of all plots here; ``axes.figure.savefig`` writes it."""
+    axes = _figure(width, height).subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'sparsekern[analysis]'") from error
-    axes = Figure(figsize=(width, height), dpi=150, layout="constrained").subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def samples(numbers: Iterable[float]) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsekern import SwitchSAE
-from sparsekern.analysis.results import Result, frame, new_axes, samples
+from sparsekern.analysis.results import Result, frame, new_axes, plain, samples
+from sparsekern.analysis.tokens import UNLABELLED
 from sparsekern.progress import Progress
 
 try:
@@ -30,9 +31,6 @@ try:
     from sklearn.metrics import adjusted_mutual_info_score
 except ImportError as error:
     raise ImportError("this analysis needs scipy and scikit-learn: pip install 'sparsekern[analysis]'") from error
-
-UNLABELLED = -1
-"""A token with this label takes no part in the agreement with these labels."""
 
 _BATCH = 8192  # tokens encoded at a time
 _TILE = 2048  # rows a side of a tile of cosines: 16 MiB
@@ -104,15 +102,18 @@ class RouterGeometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tokens and the spans, as plain JSON values."""
-        return {
-            "results": [record for result in self.results.values() for record in result.to_records()],
-            "tokens": len(self.experts),
-            "loads": self.loads.tolist(),
-            "alive": int(self.alive.sum()),
-            "ranks": self.ranks.tolist(),
-            **{name: _listed(getattr(self, name)) for name in ("router_cosines", "overlaps", "similarities", "tree")},
-            "tree_experts": self.tree_experts.tolist(),
-        }
+        matrices = ("router_cosines", "overlaps", "similarities", "tree")
+        return plain(
+            {
+                "results": [record for result in self.results.values() for record in result.to_records()],
+                "tokens": len(self.experts),
+                "loads": self.loads.tolist(),
+                "alive": int(self.alive.sum()),
+                "ranks": self.ranks.tolist(),
+                **{name: getattr(self, name).tolist() for name in matrices},
+                "tree_experts": self.tree_experts.tolist(),
+            }
+        )
 
     def plot_loads(self, axes: Any = None) -> Any:
         """Bars of the experts' shares of the tokens, largest first, with the even share as a line."""
@@ -225,7 +226,7 @@ def router_geometry(
         rows = _centred_rows(sae.W_router)
         random = [_random_router(rows, generator) for _ in range(n_costly)]
         random_experts = [((x_cpu - center) @ router.T).argmax(1) for router in random]
-        means = [_kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
+        means = [kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
         results = {
             "router_cosine": Result(
                 "largest cosine between two router rows",
@@ -287,11 +288,11 @@ def router_geometry(
         leaves = (_count(owner, len(rows)) > 0).nonzero().squeeze(1)
         distances = _distances(similarities, leaves)
         tree = torch.from_numpy(linkage(distances, "average")) if len(distances) else torch.empty(0, 4).double()
-        shuffled = (_distances(_similarities(decoder, other, len(rows)), leaves) for other in permuted[:n_costly])
+        mixed = [_distances(_similarities(decoder, other, len(rows)), leaves) for other in permuted[:n_costly]]
         results["tree"] = Result(
             "fit of the merge tree (cophenetic correlation)",
             _tree_fit(distances),
-            {"latents permuted among experts": samples(_tree_fit(other) for other in shuffled)},
+            {"latents permuted among experts": samples(_tree_fit(distances) for distances in mixed)},
         )
         bar.update(6)
     return RouterGeometry(
@@ -402,6 +403,12 @@ def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | N
     return found
 
 
+def kmeans(x: Tensor, n_experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """K-means of tokens ``[B, d]``: the nearest mean of each ``[B]`` int64, and the means ``[E, d]``."""
+    fitted = KMeans(n_experts, n_init=1, random_state=seed).fit(x[:_KMEANS_TOKENS].numpy())
+    return torch.from_numpy(fitted.predict(x.numpy())).long(), torch.from_numpy(fitted.cluster_centers_).float()
+
+
 # Parts of router_geometry
 
 
@@ -470,12 +477,6 @@ def _centred_rows(router: Tensor) -> Tensor:
 def _random_router(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Rows of these norms in random directions."""
     return normalize(torch.randn(rows.shape, generator=generator), dim=1) * rows.norm(dim=1, keepdim=True)
-
-
-def _kmeans(x: Tensor, n_experts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Nearest mean of each token ``[B]``, and the means ``[E, d]``."""
-    fitted = KMeans(n_experts, n_init=1, random_state=seed).fit(x[:_KMEANS_TOKENS].numpy())
-    return torch.from_numpy(fitted.predict(x.numpy())).long(), torch.from_numpy(fitted.cluster_centers_).float()
 
 
 def _cosines(rows: Tensor) -> Tensor:
@@ -577,8 +578,3 @@ def _tree_fit(distances: np.ndarray) -> float:
     if len(distances) < 3 or np.ptp(distances) == 0:
         return float("nan")
     return float(cophenet(linkage(distances, "average"), distances)[0])
-
-
-def _listed(matrix: Tensor) -> list[list[float | None]]:
-    """A matrix as lists, for JSON, which has no NaN."""
-    return [[None if value != value else round(value, 6) for value in row] for row in matrix.tolist()]
