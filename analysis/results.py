@@ -103,6 +103,9 @@ class Result:
                 ha="center",
                 color="C0",
             )
+        drawn = [self.value, *(number for numbers, _ in groups.values() for number in numbers.tolist())]
+        if min(drawn) == max(drawn):  # else the axis would be one of rounding errors
+            axes.set_xticks([self.value])
         return axes
 
 
@@ -145,6 +148,7 @@ def strip(axes: Any, groups: Mapping[str, tuple[Tensor, str]]) -> None:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=6)
 
 
 def plain(value: Any) -> Any:
