@@ -97,6 +97,33 @@ class Sparsekern(Contender):
         return self.sae.W_enc
 
 
+class Switch(Sparsekern):
+    """``sparsekern.Trainer.step`` on a ``SwitchSAE`` of 32 experts, one active: FVU, Switch loss, projected gradient,
+    clip 1.0, fused Adam, unit-norm decoder.
+    """
+
+    n_experts = 32
+
+    def build(self) -> None:
+        case = self.case
+        experts = min(self.n_experts, case.d_sae // case.k)
+        self.module = self.sae = sk.SwitchSAE(case.d, case.d_sae, sk.TopK(case.k), n_experts=experts, aux_coefficient=0)
+        self.trainer = sk.Trainer(self.sae, lr=self.lr, warmup_steps=0)
+        self.optimizer = self.trainer.optimizer.torch
+
+
+class Switch8(Switch):
+    """The same with 8 experts."""
+
+    n_experts = 8
+
+
+class Switch16(Switch):
+    """The same with 16 experts."""
+
+    n_experts = 16
+
+
 class Torch(Contender):
     """The same step in plain PyTorch: dense matmul, ReLU, topk, scatter, dense matmul; clip 1.0, fused Adam."""
 
@@ -138,6 +165,34 @@ class Torch(Contender):
     @torch.no_grad()
     def normalize(self) -> None:
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+
+class SwitchMasked(Torch):
+    """A switch SAE of 16 experts in the form of its released trainer, in plain PyTorch: the dense encoder of all
+    experts, ReLU, times the gate of the chosen expert and 0 for the others, top k of all; ``embedding_bag`` for its
+    sparse decoder; squared error and Switch loss; clip 1.0, projected gradient, Adam, unit-norm decoder.
+    """
+
+    n_experts = 16
+
+    def build(self) -> None:
+        super().build()
+        case = self.case
+        self.experts = min(self.n_experts, case.d_sae // case.k)
+        self.router = nn.Parameter(nn.functional.normalize(torch.randn(self.experts, case.d), dim=1))
+        self.module = nn.ParameterList([self.W_enc, self.W_dec, self.b_dec, self.router])
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=self.lr)
+
+    def loss(self, x: Tensor) -> Tensor:
+        pre = nn.functional.linear(x - self.b_dec, self.W_enc).relu()
+        probability = nn.functional.linear(x - self.b_dec.detach(), self.router).softmax(1)
+        best = probability.topk(1, dim=1)
+        gate = torch.zeros_like(probability).scatter(1, best.indices, best.values)
+        top = (pre * gate.repeat_interleave(self.case.d_sae // self.experts, 1)).topk(self.case.k, sorted=False)
+        recon = nn.functional.embedding_bag(top.indices, self.W_dec, per_sample_weights=top.values, mode="sum")
+        share = nn.functional.one_hot(best.indices.squeeze(1), self.experts).float().mean(0)
+        balance = self.experts * (share * probability.mean(0)).sum()
+        return (x - recon - self.b_dec).square().sum(1).mean() + 3 * self.case.d * balance
 
 
 class TorchCompile(Torch):
@@ -294,6 +349,10 @@ ENTRIES = dict(
             Entry(DictionaryLearning),
             Entry(Sparsekern, threads=1),
             Entry(Sparsekern, environment={"SPARSEKERN_CPU_ISA": "avx2"}),
+            Entry(Switch8),
+            Entry(Switch16),
+            Entry(Switch),
+            Entry(SwitchMasked),
         ],
         strict=True,
     )

@@ -8,6 +8,7 @@ the update of the weights, torch's own passes over dense gradients: projection, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from sparsekern.backends import cpu, reference
 from sparsekern.factors import OuterProducts
 
 RECALL_ROWS = 64
+
+ROUTED = ((8, 1), (32, 1), (128, 1), (8, 2), (32, 2))
+"""Experts, and how many of them a token has."""
 
 
 def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
@@ -50,6 +54,7 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         "topk_encode, quantizing": lambda: sk.topk_encode(x, fresh, bias, k),
         "topk_encode, reference": lambda: reference.topk_encode(x, weight, bias, k, "auto"),
         "topk_encode, dense torch": lambda: linear(x, weight, bias).relu_().topk(k),
+        **routed(x, weight, bias, k),
         "sparse_decode, cpu": lambda: cpu.sparse_decode(values, indices, dec, None),
         "sparse_decode, reference": lambda: reference.sparse_decode(values, indices, dec, None),
         "sparse_decode, embedding_bag": lambda: embedding_bag(wide, dec, per_sample_weights=values, mode="sum"),
@@ -63,6 +68,20 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         "Adam of both weights, torch": update_by_torch,
     }
     return {name: call for name, call in every.items() if cpu.isa() or not name.endswith(", cpu")}
+
+
+def routed(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """The router, and the encoder over the latents of the experts alone, by a random router."""
+    found: dict[str, Callable[[], object]] = {}
+    for n_experts, n_active in ROUTED:
+        if weight.shape[0] % n_experts or k > n_active * weight.shape[0] // n_experts:
+            continue
+        router = torch.nn.functional.normalize(torch.randn(n_experts, x.shape[1]), dim=1)
+        name = f"{n_active} of {n_experts} experts"
+        found[f"route, {name}"] = partial(sk.route, x, router, n_active)
+        routing = sk.route(x, router, n_active)
+        found[f"routed_topk_encode, {name}"] = partial(sk.routed_topk_encode, x, weight, bias, routing, k)
+    return found
 
 
 def updates(

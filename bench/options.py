@@ -21,8 +21,15 @@ CONTENDERS = (
     "dictionary-learning",
     "sparsekern-1-thread",
     "sparsekern-avx2",
+    "switch-8",
+    "switch-16",
+    "switch-32",
+    "switch-16-masked",
 )
 """Names of what a full step is timed of; :mod:`sparsekern.bench.contenders` says what each one is."""
+
+UNROUTED = tuple(name for name in CONTENDERS if not name.startswith("switch-"))
+"""Those that are timed where none are named: other models have other costs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class BenchOptions(Options):
         None, "what to measure, may be repeated; by default both", choices=("kernels", "steps")
     )
     contenders: list[str] | None = option(
-        None, "whose full steps, may be repeated; by default all that are installed", choices=CONTENDERS
+        None, "whose full steps, may be repeated; by default all that are installed and not routed", choices=CONTENDERS
     )
     rounds: int = option(9, "timed turns of each", at_least=2)
     warm_up: int = option(10, "training steps before anything is timed", unit="steps", at_least=2)

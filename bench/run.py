@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsekern.backends import cpu
 from sparsekern.bench import memory, record
 from sparsekern.bench.contenders import ENTRIES
-from sparsekern.bench.options import CONTENDERS, BenchOptions, Case
+from sparsekern.bench.options import CONTENDERS, UNROUTED, BenchOptions, Case
 from sparsekern.data import ActivationLoader, ActivationStore, zipf_activations
 from sparsekern.files import write_json
 from sparsekern.progress import Progress
@@ -148,7 +148,7 @@ def shape(case: Case) -> dict[str, int]:
 def available(wanted: list[str] | None, threads: int) -> tuple[list[str], dict[str, str]]:
     """The contenders that can run here, and why the others cannot; a ValueError if one of those was named."""
     skipped = {}
-    for name in wanted or CONTENDERS:
+    for name in wanted or UNROUTED:
         module = next(iter(ENTRIES[name].kind.imports), "torch").split(".")[0]
         if importlib.util.find_spec(module) is None:
             skipped[name] = f"{module} is not installed"
@@ -159,7 +159,7 @@ def available(wanted: list[str] | None, threads: int) -> tuple[list[str], dict[s
     if wanted and skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"contenders cannot run ({reasons}); peers come with `pip install 'sparsekern[bench]'`")
-    return [name for name in CONTENDERS if name in (wanted or CONTENDERS) and name not in skipped], skipped
+    return [name for name in CONTENDERS if name in (wanted or UNROUTED) and name not in skipped], skipped
 
 
 @contextmanager

@@ -24,7 +24,9 @@ class Grid(NamedTuple):
 
 def tables(record: Record) -> list[Grid]:
     """Everything that a record has to show."""
-    return [grid for make in (summary, steps, against, memory, kernels, exactness) if (grid := make(record)).rows]
+    return [
+        grid for make in (summary, steps, against, routing, memory, kernels, exactness) if (grid := make(record)).rows
+    ]
 
 
 def summary(record: Record) -> Grid:
@@ -80,6 +82,31 @@ def against(record: Record) -> Grid:
     return grid._replace(rows=[row for row in grid.rows if row[0] != "sparsekern" and set(row[1:]) != {"–"}])
 
 
+def routing(record: Record) -> Grid:
+    """What routing saves, medians: encoders and steps beside those without a router, and the masked form beside ours."""
+    pairs = {}
+    for active, count in ((1, 8), (2, 8), (1, 32), (2, 32), (1, 128)):
+        which = f"{active} of {count} experts"
+        pairs[f"routed encode ÷ encode, {which}"] = ("kernels", f"routed_topk_encode, {which}", "topk_encode")
+    pairs |= {
+        f"full step ÷ that without a router, {count} experts": ("steps", f"switch-{count}", "sparsekern")
+        for count in (8, 16, 32)
+    }
+    pairs["masked step ÷ routed step, 16 experts"] = ("steps", "switch-16-masked", "switch-16")
+
+    def cell(part: str, above: str, below: str, case: Any) -> str:
+        measured = case.get(part) or {}
+        ratios = measured.get("ratio", {}) if part == "kernels" else {n: m["ratio"] for n, m in measured.items()}
+        if above not in ratios or below not in ratios:
+            return "–"
+        return f"{ratios[above]['median'] / ratios[below]['median']:.3f}"
+
+    rows = [[name, *[cell(*pair, case) for case in record["cases"]]] for name, pair in pairs.items()]
+    return Grid(
+        "routing, medians", ["", *map(heading, record["cases"])], [row for row in rows if set(row[1:]) != {"–"}]
+    )
+
+
 def memory(record: Record) -> Grid:
     """Highest memory of a step as a multiple of what must be kept, and how much that is beyond it."""
 
@@ -125,7 +152,10 @@ def exactness(record: Record) -> Grid:
 
 def wins(name: str, measured: Any) -> bool:
     """Whether this is another library, and its step the faster one."""
-    return not name.startswith("sparsekern") and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
+    return (
+        not name.startswith(("sparsekern", "switch-"))
+        and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
+    )
 
 
 def by_case(record: Record, part: str, title: str, cell: Callable[[str, Any], str]) -> Grid:

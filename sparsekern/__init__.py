@@ -2,7 +2,7 @@
 
 from sparsekern.backends import backends
 from sparsekern.codes import CSRCodes, SparseCodes
-from sparsekern.modules import SAE, LossOutput, SwitchSAE, TopK
+from sparsekern.modules import SAE, HierarchicalSAE, LossOutput, SwitchSAE, TopK
 from sparsekern.ops import (
     batch_topk_encode,
     route,
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAE",
     "CSRCodes",
+    "HierarchicalSAE",
     "LossOutput",
     "Routing",
     "SparseCodes",

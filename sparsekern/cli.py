@@ -74,6 +74,11 @@ class TrainOptions(TrainConfig):
     expansion: int = option(64, "latents as a multiple of the width of the activations", at_least=1)
     latents: int | None = option(None, "latents; wins over the expansion", at_least=1)
     k: int = option(32, "active latents a token", at_least=1)
+    experts: int = option(
+        1, "of a mixture; with more than 1 a router sends each token to some of them (SwitchSAE)", at_least=1
+    )
+    active_experts: int = option(1, "experts a token", at_least=1)
+    balance: str = option("loss", "what keeps experts evenly loaded", choices=("loss", "bias", "none"))
     aux_coefficient: float = option(1 / 32, "weight of the AuxK loss, 0 for none", at_least=0)
     aux_k: int | None = option(None, "dead latents a token may use in AuxK; by default half the width", at_least=1)
     dead_after: int | None = option(
@@ -238,22 +243,26 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
-    """Train a TopK SAE on stored activations, and report on it."""
+    """Train a TopK SAE on stored activations, or a mixture of expert SAEs, and report on it."""
     from sparsekern.analysis import runs
 
     store = ActivationStore(activations)
-    sae = sk.SAE(
-        store.d,
-        options.latents or options.expansion * store.d,
-        sk.TopK(options.k),
-        aux_coefficient=options.aux_coefficient,
-        aux_k=options.aux_k,
-        dead_after=options.dead_after or min(10_000_000, options.steps * options.batch_size // 4),
-        generator=torch.Generator().manual_seed(options.seed),
-        device=_device(options.device),
-    )
+    shape = (store.d, options.latents or options.expansion * store.d, sk.TopK(options.k))
+    common: dict[str, Any] = {
+        "aux_coefficient": options.aux_coefficient,
+        "aux_k": options.aux_k,
+        "dead_after": options.dead_after or min(10_000_000, options.steps * options.batch_size // 4),
+        "generator": torch.Generator().manual_seed(options.seed),
+        "device": _device(options.device),
+    }
+    if options.experts > 1:
+        common |= {"n_experts": options.experts, "n_active": options.active_experts, "balance": options.balance}
+        sae: sk.SAE = sk.SwitchSAE(*shape, **common)
+    else:
+        sae = sk.SAE(*shape, **common)
+    experts = f" in {options.experts} experts" if options.experts > 1 else ""
     out.print(
-        f"{sae.d_sae:,} latents, k={options.k}, on {store.tokens:,} tokens of width {store.d} "
+        f"{sae.d_sae:,} latents{experts}, k={options.k}, on {store.tokens:,} tokens of width {store.d} "
         f"({store.source.get('model', 'imported')}, {store.source.get('hook', '–')})"
     )
     loop = {name: getattr(options, name) for name in TrainConfig.names()}

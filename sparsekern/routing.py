@@ -25,15 +25,16 @@ class Routing(NamedTuple):
         Slots by rising expert, and inside an expert by rising slot.
     offsets : Tensor [n_experts + 1], int32
         Where each expert's slots begin in `order`.
-    logits : Tensor [B, n_experts]
-        What the gates were made of, in float32 at least. Differentiable: losses that balance experts use them.
+    logits : Tensor [B, n_experts] or None
+        What the gates were made of, in float32 at least. Differentiable: losses that balance experts use them. None
+        where no router chose the experts.
     """
 
     experts: Tensor
     gates: Tensor
     order: Tensor
     offsets: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
     @property
     def n_experts(self) -> int:

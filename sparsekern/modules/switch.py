@@ -79,8 +79,8 @@ class SwitchSAE(SAE):
     ----------
     Mudide et al., *Efficient dictionary learning with switch sparse autoencoders* (arXiv 2410.08201), section 3;
     Fedus et al., *Switch transformers* (arXiv 2101.03961), section 2.2, for the loss; Zoph et al., *ST-MoE* (arXiv
-    2202.08906), equation 5, for the z-loss; Wang et al. (arXiv 2408.15664) for the bias; Xu et al., *Beyond redundancy* (arXiv
-    2511.05745) for several experts and feature scaling.
+    2202.08906), equation 5, for the z-loss; Wang et al. (arXiv 2408.15664) for the bias; Xu et al., *Beyond
+    redundancy* (arXiv 2511.05745) for several experts and feature scaling.
     """
 
     loads: Tensor
@@ -178,17 +178,18 @@ class SwitchSAE(SAE):
     # Balance
 
     def _penalties(self, target: Tensor, codes: SparseCodes, trace: Routing) -> dict[str, Tensor]:
-        parts = {}
+        parts, logits = {}, trace.logits
+        assert logits is not None
         if self.balance == "loss" and self.balance_coefficient > 0:
             share = trace.loads() / trace.experts.numel()
             if self.gate == "softmax":
-                probability = trace.logits.softmax(1)
+                probability = logits.softmax(1)
             else:
-                probability = torch.nn.functional.normalize(trace.logits.sigmoid(), p=1, dim=1)
+                probability = torch.nn.functional.normalize(logits.sigmoid(), p=1, dim=1)
             uneven = self.n_experts * (share * probability.mean(0)).sum() - 1
             parts["balance"] = self.balance_coefficient * uneven
         if self.z_coefficient > 0:
-            parts["z"] = self.z_coefficient * trace.logits.logsumexp(1).square().mean()
+            parts["z"] = self.z_coefficient * logits.logsumexp(1).square().mean()
         return parts
 
     def _measures(self, trace: Routing) -> dict[str, Tensor]:
@@ -243,7 +244,9 @@ class SwitchSAE(SAE):
         """As for :class:`SAE`; ``b_router`` starts where ``b_dec`` does, and logits with a standard deviation of 1."""
         self._fit_center_(x, center)
         self.b_router.copy_(self.b_dec)
-        spread = self.route(x).logits.std(0).mean()
+        logits = self.route(x).logits
+        assert logits is not None
+        spread = logits.std(0).mean()
         if spread > 0:
             self.W_router.div_(spread)
         self._fit_scale_(x)

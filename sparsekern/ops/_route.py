@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import choose
+from sparsekern.codes import SparseCodes
 from sparsekern.ops._checks import (
     check_floating,
     check_indices,
@@ -85,6 +86,13 @@ def route(
     bias = None if selection_bias is None else selection_bias.detach()
     logits, gates, experts, order, offsets = _route(rows, W_router.to(dtype), middle, bias, n_active, gate)
     return Routing(experts, gates, order, offsets, logits)
+
+
+def routing_of(codes: SparseCodes) -> Routing:
+    """Every kept latent of a token as one of its experts, gated by its value: how a hierarchy goes one level down."""
+    experts, gates = codes.indices.reshape(-1, codes.k), codes.values.reshape(-1, codes.k)
+    order, offsets = group_slots(experts, codes.d_sae)
+    return Routing(experts, gates, order, offsets, None)
 
 
 @torch.library.custom_op("sparsekern::route", mutates_args=())

@@ -184,7 +184,7 @@ def test_every_contender_learns(name):
     losses = [contender.step(x).item() for _ in range(8)]
     assert losses[-1] < losses[0]
     assert contender.encoder().shape == (512, 32)
-    assert contender.state_bytes() == pytest.approx(3 * 4 * (2 * 512 * 32 + 512 + 32), rel=0.01)
+    assert contender.state_bytes() == pytest.approx(3 * 4 * (2 * 512 * 32 + 512 + 32), rel=0.05)  # and a router
 
 
 def test_plain_torch_takes_the_same_step():
