@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ _NEVER = 2**62  # tokens after which a fixed router's row is moved
 
 
 def train_arms(
-    store: ActivationStore, options: MoeOptions, output: Path, device: str
+    store: ActivationStore, options: MoeOptions, output: Path, device: str, progress: bool
 ) -> tuple[dict[str, sk.SAE], dict[str, dict[str, Any]]]:
     """Train the SwitchSAE and its controls on `store`; returns the modules and their summaries, by name of the arm."""
     assert options.latents is not None
-    shape = {"n_experts": options.n_experts, "n_active": options.n_active}
+    shape = {"n_experts": options.experts, "n_active": options.active_experts}
 
     def switch(**more: Any) -> sk.SwitchSAE:
         return sk.SwitchSAE(
@@ -58,7 +59,7 @@ def train_arms(
     def plain_topk(latents: int) -> sk.SAE:
         return sk.SAE(store.d, latents, sk.TopK(options.k), **_common(options, device))
 
-    small = options.latents // options.n_experts * options.n_active
+    small = options.latents // options.experts * options.active_experts
     makers: dict[str, Callable[[], sk.SAE]] = {"switch": lambda: switch(balance=options.balance)}
     if options.controls:
         other = "none" if options.balance != "none" else "loss"
@@ -70,10 +71,13 @@ def train_arms(
         makers[f"plain TopK, {options.latents:,} latents"] = lambda: plain_topk(int(options.latents or 0))
     saes, summaries = {}, {}
     for name, make in makers.items():
+        if progress:
+            print(f"{name}:", file=sys.stderr, flush=True)
         folder = output / "runs" / name.replace(",", "").replace(" ", "-")
         result = sk.train(
             make(),
             store,
+            progress=progress,
             output=folder,
             overwrite=True,
             steps=options.steps,
@@ -101,27 +105,49 @@ def _common(options: MoeOptions, device: str) -> dict[str, Any]:
 def _kmeans_rows(store: ActivationStore, options: MoeOptions) -> Tensor:
     """Router rows ``[E, d]`` of k-means: means of the directions of training tokens, seen from their centre."""
     x = store.split(options.held_out, options.seed)[0].load(_ROUTER_TOKENS)
-    return normalize(kmeans(normalize(x - x.mean(0), dim=1), options.n_experts, options.seed)[1], dim=1)
+    return normalize(kmeans(normalize(x - x.mean(0), dim=1), options.experts, options.seed)[1], dim=1)
+
+
+class ToyRun(NamedTuple):
+    """A training on :class:`~sparsekern.analysis.toy.SubspaceClusters`.
+
+    Attributes
+    ----------
+    sae : SwitchSAE
+    geometry : RouterGeometry
+        On fresh tokens, with the labels ``cluster``.
+    fvu : float
+        On the same tokens.
+    """
+
+    sae: sk.SwitchSAE
+    geometry: RouterGeometry
+    fvu: float
 
 
 def train_on_toy(
-    seed: int, balance: str = "loss", *, steps: int = 1500, n_null: int = 20, n_costly: int = 5
-) -> tuple[sk.SwitchSAE, SubspaceClusters, RouterGeometry]:
-    """A SwitchSAE of 4 experts × 16 latents, trained on 4 clusters × 16 features, and its geometry on fresh tokens.
+    seed: int, balance: str = "loss", *, at_axes: bool = False, steps: int = 1500, n_null: int = 20, n_costly: int = 5
+) -> ToyRun:
+    """Train a SwitchSAE of 4 experts × 16 latents on 4 clusters × 16 features, and measure it on 4,096 fresh tokens.
 
-    The toy, the weights and the tokens all follow from `seed`.
+    The features, the weights and the tokens all follow from `seed`. With `at_axes` the router starts at the clusters'
+    axes, where it makes no mistake, instead of at random.
     """
     generator = torch.Generator().manual_seed(seed)
     toy = SubspaceClusters(generator=generator)
     sae = sk.SwitchSAE(
         toy.d, len(toy.features), sk.TopK(toy.active), n_experts=toy.clusters, balance=balance, generator=generator
     )
+    if at_axes:
+        sae.W_router.data.copy_(toy.axes)
     trainer = sk.Trainer(sae, lr=1e-3, steps=steps)
     for _ in range(steps):
         trainer.step(toy.sample(256, generator)[1])
+    sae.eval()
     activations, x = toy.sample(4096, generator)
     labels = {"cluster": toy.clusters_of(activations)}
-    return sae, toy, router_geometry(sae, x, labels, n_null=n_null, n_costly=n_costly, seed=seed)
+    geometry = router_geometry(sae, x, labels, n_null=n_null, n_costly=n_costly, seed=seed)
+    return ToyRun(sae, geometry, sk.evaluate(sae, [x]).fvu)
 
 
 # The study
@@ -142,7 +168,7 @@ def study(store: ActivationStore, options: MoeOptions, output: Path, progress: b
     labels = held_out.labels()
     output.mkdir(parents=True, exist_ok=True)
     if options.sae is None:
-        arms, summaries = train_arms(store, options, output, device)
+        arms, summaries = train_arms(store, options, output, device, progress)
     else:
         arms, summaries = {"switch": sk.SwitchSAE.from_pretrained(options.sae, device=device)}, {}
     main = arms["switch"]
@@ -177,7 +203,9 @@ def study(store: ActivationStore, options: MoeOptions, output: Path, progress: b
     for name, figure in written.items():
         figure.savefig(output / f"{name}.png")
 
-    page = Page(store, options, main, held_out, geometry, table, tokens, chance, toys, set(written))
+    page = Page(
+        store, options, main, held_out, geometry, table, tokens, chance, _toy_rows(toys, options.seed), set(written)
+    )
     write_atomically(output / PAGE, page.text().encode())
     record = {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.to_dict().items()},
@@ -187,7 +215,7 @@ def study(store: ActivationStore, options: MoeOptions, output: Path, progress: b
         "arms": table,
         "summaries": summaries,
         "over_represented": [[token._asdict() for token in found] for found in tokens],
-        "toy": {name: [found.to_dict() for found in runs] for name, runs in toys.items()},
+        "toy": {name: [{"fvu": run.fvu, **run.geometry.to_dict()} for run in runs] for name, runs in toys.items()},
         "versions": versions(),
     }
     write_json(output / RECORD, plain(record))
@@ -217,31 +245,48 @@ def _compare(
     return table
 
 
-def _toys(options: MoeOptions, progress: bool) -> dict[str, list[RouterGeometry]]:
-    """The toy with and without balancing, for some seeds."""
+def _toys(options: MoeOptions, progress: bool) -> dict[str, list[ToyRun]]:
+    """The toy for some seeds: with balancing, without, and started where the answer is."""
     steps = 100 if options.quick else 1500
-    toys: dict[str, list[RouterGeometry]] = {"loss": [], "none": []}
-    with Progress("toy", 2 * options.toy_seeds, unit="trainings", shown=progress) as bar:
-        for done in range(2 * options.toy_seeds):
-            seed, balance = divmod(done, 2)
-            name = list(toys)[balance]
-            toys[name].append(train_on_toy(options.seed + seed, name, steps=steps)[2])
+    kinds: dict[str, dict[str, Any]] = {
+        "balanced by a loss": {"balance": "loss"},
+        "no balancing": {"balance": "none"},
+        "balanced, started at the axes": {"balance": "loss", "at_axes": True},
+    }
+    toys: dict[str, list[ToyRun]] = {name: [] for name in kinds}
+    with Progress("toy", len(kinds) * options.toy_seeds, unit="trainings", shown=progress) as bar:
+        for done in range(len(kinds) * options.toy_seeds):
+            seed, kind = divmod(done, len(kinds))
+            name = list(kinds)[kind]
+            toys[name].append(train_on_toy(options.seed + seed, steps=steps, **kinds[name]))
             bar.update(done + 1)
     return toys
 
 
-def _plot_toys(toys: dict[str, list[RouterGeometry]]) -> Any:
+def _toy_rows(toys: dict[str, list[ToyRun]], first_seed: int) -> list[list[str]]:
+    """A row of the page's table for each training."""
+    rows = []
+    for name, runs in toys.items():
+        for seed, run in enumerate(runs, start=first_seed):
+            results = run.geometry.results
+            ami = results["ami_cluster"]
+            loads = ", ".join(f"{share:.0%}" for share in (run.geometry.loads / run.geometry.loads.sum()).tolist())
+            beside = [*ami.controls.values(), *ami.nulls.values()]
+            numbers = [f"**{ami.value:.3f}**", *(f"{group.mean():.3f}" for group in beside), f"{run.fvu:.3f}"]
+            rows.append([name, str(seed), *numbers, loads, f"{results['duplicates_across'].value:.1%}"])
+    return rows
+
+
+def _plot_toys(toys: dict[str, list[ToyRun]]) -> Any:
     """Agreement with the clusters: a dot for each training, beside the nulls and k-means of all of them."""
-    key, axes = "ami_cluster", new_axes(7.5, 2.4)
-    groups = {
-        "trained, balanced by a loss": (samples(run.results[key].value for run in toys["loss"]), "C0"),
-        "trained, no balancing": (samples(run.results[key].value for run in toys["none"]), "C0"),
-    }
-    runs = [run.results[key] for found in toys.values() for run in found]
-    for name in runs[0].nulls:
-        groups[name] = (torch.cat([run.nulls[name] for run in runs]), "0.45")
-    for name in runs[0].controls:
-        groups[name] = (torch.cat([run.controls[name] for run in runs]), "C1")
+    axes = new_axes(7.5, 2.6)
+    found = {name: [run.geometry.results["ami_cluster"] for run in runs] for name, runs in toys.items()}
+    groups = {name: (samples(result.value for result in results), "C0") for name, results in found.items()}
+    every = [result for results in found.values() for result in results]
+    for name in every[0].nulls:
+        groups[name] = (torch.cat([result.nulls[name] for result in every]), "0.45")
+    for name in every[0].controls:
+        groups[name] = (torch.cat([result.controls[name] for result in every]), "C1")
     strip(axes, groups)
     axes.set_xlabel("agreement of experts with the true clusters (AMI)")
     axes.set_xlim(-0.05, 1.05)

@@ -43,7 +43,7 @@ class Page:
     table: dict[str, dict[str, float]]
     tokens: list[list[Represented]]
     chance: list[list[Represented]]
-    toys: dict[str, list[RouterGeometry]]
+    toys: list[list[str]]
     pictures: set[str]
 
     def text(self) -> str:
@@ -62,28 +62,26 @@ class Page:
     def _start(self) -> str:
         sae, source = self.sae, self.store.source
         activations = f"{source.get('model', 'imported activations')}, {source.get('hook', '–')}"
-        how = (
-            "loaded"
-            if self.options.sae
-            else f"trained for {self.options.steps:,} steps of {self.options.batch_size:,} tokens"
-        )
+        trained = f"trained for {self.options.steps:,} steps of {self.options.batch_size:,} tokens"
+        how = "loaded" if self.options.sae else trained
         experts = "one expert" if sae.n_active == 1 else f"{sae.n_active} experts"
         return f"""# What the experts of a mixture of experts divide among themselves
 
 A sparse autoencoder whose {sae.d_sae:,} latents are dealt out to {sae.n_experts} **experts**,
 {sae.latents_per_expert:,} each. A **router**, a linear map, sends every token to {experts}; only the latents
-of these are
-computed. Is the division of labour one that a person would recognise, or only one that is convenient?
+of these are computed. Is the division of labour one that a person would recognise, or only one that is
+convenient?
 
 - Activations: {activations}; {self.store.tokens:,} tokens of width {self.store.d}.
-- Module: SwitchSAE, {how}; k = {getattr(sae.activation, "k", "–")} active latents a token, balance = `{sae.balance}`.
+- Module: SwitchSAE, {how}; k = {getattr(sae.activation, "k", "–")} active latents a token, balance =
+  `{sae.balance}`.
 - Measured on {len(self.held_out.x):,} tokens of held-out contexts, of which nothing was trained.
 
-Every number stands beside the same number for something that cannot know the answer (a **null**: labels or latents
-permuted, a router of random directions), or for a simple rival (a **control**: k-means). In the pictures the
-blue line is
-the number, grey dots are nulls, orange dots are controls. p is the share of a null's samples that are as extreme, the
-number itself counted in: with n samples it cannot be less than 1 / (n + 1)."""
+Every number stands beside the same number for something that cannot know the answer (a **null**: labels or
+latents permuted, a router of random directions), or for a simple rival (a **control**: k-means). In the
+pictures the blue line is the number, grey dots are nulls, orange dots are controls. p is the share of a
+null's samples that are as extreme, the number itself counted in: with n samples it cannot be less than
+1/(n + 1)."""
 
     def _short(self) -> str:
         lines = ["## In short", ""]
@@ -111,14 +109,11 @@ number itself counted in: with n samples it cannot be less than 1 / (n + 1)."""
 {chr(10).join(lines)}
 
 FVU is the fraction of variance unexplained on the held-out tokens, lower is better; *silent* latents are
-active on none of
-them. The fixed routers were not trained: what the trained one has over them is what learning to route is
-worth. A token
-costs the encoder as much in every routed row as in *{small}*, and {self.sae.n_experts / self.sae.n_active:g}
-times that in
-*{large}*, which has as many latents as the experts together. What is known from larger models: worse than
-plain TopK at
-equal width, better at equal cost (Mudide et al. 2024)."""
+active on none of them. The fixed routers were not trained: what the trained one has over them is what
+learning to route is worth. A token costs the encoder as much in every routed row as in *{small}*, and
+{self.sae.n_experts / self.sae.n_active:g} times that in *{large}*, which has as many latents as the experts
+together. What is known from larger models: worse than plain TopK at equal width, better at equal cost (Mudide
+et al. 2024)."""
 
     def _loads(self) -> str:
         share = self.geometry.loads / self.geometry.loads.sum()
@@ -142,17 +137,14 @@ The share of tokens that each expert serves, from {share.max():.1%} to {share.mi
 ![Agreement with labels](agreement.png)
 
 Adjusted mutual information between a token's expert and a label of the token: 0 is chance, 1 means that each
-tells the
-other. The labels:
+tells the other. The labels:
 
 {meaning}
 
 Permuted labels say what chance gives. The random router says what any linear router gives, only because near
-tokens go to
-the same expert; only what goes beyond it was learned. The k-means router says what clusters of the activations give.
-AMI is small where a label has many more classes than there are experts, even if experts are unions of classes:
-compare
-with the controls and not with 1.
+tokens go to the same expert; only what goes beyond it was learned. The k-means router says what clusters of
+the activations give. AMI is small where a label has many more classes than there are experts, even if experts
+are unions of classes: compare with the controls and not with 1.
 
 {markdown(found)}"""
 
@@ -174,11 +166,9 @@ with the controls and not with 1.
 {chr(10).join(lines)}
 
 The tokens that an expert serves more often than its share, those first that tell most about the expert (their
-term of the
-mutual information, in nats times tokens); at least {LEAST_COUNT} occurrences. The null: with the experts
-permuted among
-the tokens the highest score of any token in any expert is {best:.1f}; the lowest one listed here is
-{min(weakest):.1f}."""
+term of the mutual information, in nats times tokens); at least {LEAST_COUNT} occurrences. The null: with the
+experts permuted among the tokens the highest score of any token in any expert is {best:.1f}; the lowest one
+listed here is {min(weakest):.1f}."""
 
     def _examples(self) -> str:
         if not any(self.tokens):
@@ -200,6 +190,17 @@ the tokens the highest score of any token in any expert is {best:.1f}; the lowes
     def _directions(self) -> str:
         results = self.geometry.results
         ranks = self.geometry.ranks
+        nearer = _reading(
+            results["silhouette"],
+            "an expert's latents are nearer to each other than a random deal would make them",
+            "an expert's latents are further from each other than a random deal would make them: each covers its "
+            "ground by itself, and near latents are found elsewhere",
+        )
+        shared = _reading(
+            results["overlap"],
+            "experts share more directions than a random deal of the same latents would make them share",
+            "experts have divided directions among themselves",
+        )
         return f"""## Directions and latents
 
 ![Measures of the routers and latents](measures.png)
@@ -208,15 +209,13 @@ Over the {int(self.geometry.alive.sum()):,} of {self.sae.d_sae:,} latents that a
 
 - *Router rows*: {_sentence(results["router_cosine"])} Rows are taken less their mean, which moves no token.
 - *Silhouette*: whether a decoder row is nearer to those of its own expert (towards 1) or of another one
-  (towards −1). {_sentence(results["silhouette"])}
+  (towards −1). {_sentence(results["silhouette"])}{nearer}
 - *Overlap*: an expert's span is the leading directions that hold 90% of its decoder rows' energy
-  ({int(ranks.min())} to
-  {int(ranks.max())} of {self.store.d} dimensions); the overlap of two is the mean squared cosine of their
-  principal angles,
-  here averaged over all pairs. {_sentence(results["overlap"])}
+  ({int(ranks.min())} to {int(ranks.max())} of {self.store.d} dimensions); the overlap of two is the mean
+  squared cosine of their principal angles, here averaged over all pairs. {_sentence(results["overlap"])}{shared}
 - *Duplicates*: latents with another one at a decoder cosine above 0.9. Those across experts are what routing
-  costs: the same
-  feature learned again. {_sentence(results["duplicates_within"])} {_sentence(results["duplicates_across"])}
+  costs: the same feature learned again. {_sentence(results["duplicates_within"])}
+  {_sentence(results["duplicates_across"])}
 
 {markdown(result for key, result in results.items() if not key.startswith("ami_"))}"""
 
@@ -230,58 +229,50 @@ Over the {int(self.geometry.alive.sum()):,} of {self.sae.d_sae:,} latents that a
 ![Similarities](similarities.png)
 
 Experts merge, nearest first, by the similarity of what their latents write: the cosine of the experts' second
-moments, that
-is their latents' mean squared cosine, normalised (average linkage). The words are each expert's most over-represented
-tokens. {_sentence(self.geometry.results["tree"])}"""
+moments, that is their latents' mean squared cosine, normalised (average linkage). The words are each expert's
+most over-represented tokens. {_sentence(self.geometry.results["similarity"])}
+{_sentence(self.geometry.results["tree"])}"""
 
     def _toy(self) -> str:
         if not self.toys:
             return ""
-        lines = [
-            "| balance | seed | AMI with clusters | k-means | random router | permuted | loads | duplicates across |"
-        ]
-        lines.append("|---" * 8 + "|")
-        for balance, runs in self.toys.items():
-            for seed, run in enumerate(runs):
-                result = run.results["ami_cluster"]
-                beside = [
-                    result.controls["k-means router"],
-                    result.nulls["random router"],
-                    result.nulls["labels permuted"],
-                ]
-                means = " | ".join(f"{numbers.mean():.3f}" for numbers in beside)
-                loads = ", ".join(f"{share:.0%}" for share in (run.loads / run.loads.sum()).tolist())
-                across = run.results["duplicates_across"].value
-                first = f"| {balance} | {self.options.seed + seed} | **{result.value:.3f}** | {means}"
-                lines.append(f"{first} | {loads} | {across:.1%} |")
+        header = ["trained", "seed", "AMI", "k-means", "permuted", "random router", "FVU", "loads", "duplicates across"]
+        rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(r)} |" for r in self.toys)]
         return f"""## Where the answer is known
 
 ![Toy](toy.png)
 
-The same measures on made data: four clusters of features in orthogonal subspaces, a token has features of one cluster
-only. Four experts of sixteen latents could take a cluster each and lose nothing, and a linear router that does
-so exists.
-An agreement of 1 would mean that training found it.
+The same measures on made data: four clusters of features in orthogonal subspaces, a token has features of one
+cluster only. Four experts of sixteen latents could take a cluster each and lose nothing, and a linear router
+that does so exists. An agreement of 1 means that training found it. Started there, training should stay there;
+the difference between the two is what training a router does not find by itself.
 
-{chr(10).join(lines)}"""
+{chr(10).join(rows)}"""
 
     def _end(self) -> str:
         return f"""## What this cannot tell
 
 - One training of one seed: what differs between seeds is not shown, except in the toy.
 - Agreement with a label is no proof that the label is what the router uses: token, position and context are
-  themselves
-  related. Low agreement with these labels is no proof that there is no meaning.
-- Permuted labels treat tokens as independent; tokens of a context are not, so p for *context* asks only whether a
-  context's tokens share experts at all.
+  themselves related. Low agreement with these labels is no proof that there is no meaning.
+- Permuted labels treat tokens as independent; tokens of a context are not, so p for *context* asks only
+  whether a context's tokens share experts at all.
 
 All numbers are in [results.json](results.json); the formulas, sources and limits of each measure are in
-`docs/analyses.md`.
-sparsekern {versions()["sparsekern"]}, torch {versions()["torch"]}, seed {self.options.seed}."""
+`docs/analyses.md`. sparsekern {versions()["sparsekern"]}, torch {versions()["torch"]}, seed
+{self.options.seed}."""
 
 
 def _cell(row: dict[str, float], key: str, form: str) -> str:
     return format(row[key], form) if key in row and row[key] == row[key] else "–"
+
+
+def _reading(result: Result, above: str, below: str) -> str:
+    """`above` or `below` where the value is beyond all samples of the first null, which permutes latents."""
+    numbers = next(iter(result.nulls.values()))
+    if len(numbers) and result.value > numbers.max():
+        return f" So {above}."
+    return f" So {below}." if len(numbers) and result.value < numbers.min() else " That is no more than chance gives."
 
 
 def _sentence(result: Result) -> str:
@@ -291,7 +282,7 @@ def _sentence(result: Result) -> str:
     against = []
     for name, numbers in result.nulls.items():
         low, high, mean = numbers.min(), numbers.max(), numbers.mean()
-        where = "above all of" if result.value > high else "below all of" if result.value < low else "within"
-        against.append(f"{where} {name} (mean {mean:.3g}, {len(numbers)} samples)")
+        where = "above all" if result.value > high else "below all" if result.value < low else "within the"
+        against.append(f"{where} {len(numbers)} samples of {name} (mean {mean:.3g})")
     against += [f"{name} gives {numbers.mean():.3g}" for name, numbers in result.controls.items()]
     return f"{result.name[:1].upper()}{result.name[1:]}: {result.value:.3g}; {'; '.join(against)}."

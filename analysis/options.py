@@ -15,8 +15,8 @@ class MoeOptions(Options):
     controls: bool = option(True, "train the controls too: other routers, no balancing, plain TopK")
     toy: bool = option(True, "repeat the study on made data whose clusters are known")
     latents: int | None = option(None, "of all experts together; by default 16 times the width", at_least=2)
-    n_experts: int = option(16, "experts; must divide the latents", at_least=2)
-    n_active: int = option(1, "experts a token", at_least=1)
+    experts: int = option(16, "experts; must divide the latents", at_least=2)
+    active_experts: int = option(1, "experts a token", at_least=1)
     k: int = option(32, "active latents a token", at_least=1)
     balance: str = option("loss", "how experts are kept evenly loaded", choices=("loss", "bias", "none"))
     steps: int = option(300, "of each training", at_least=1)
@@ -24,8 +24,8 @@ class MoeOptions(Options):
     lr: float = option(1e-3, "peak learning rate", above=0)
     held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
     tokens: int = option(32768, "held-out tokens measured, at most", unit="tokens", at_least=2)
-    n_null: int = option(20, "permutations for each null", at_least=1)
-    n_costly: int = option(5, "random routers and dictionaries, k-means routers, permuted spans", at_least=1)
+    n_null: int = option(20, "random routers, and permutations", at_least=1)
+    n_costly: int = option(5, "k-means routers, random dictionaries, permutations for spans and tree", at_least=1)
     toy_seeds: int = option(3, "trainings on made data, with and without balancing", at_least=1)
     seed: int = option(0, "seed of weights, split and nulls; with a trained SAE, the one of its training", at_least=0)
     device: str | None = option(None, "where to train; by default a GPU if there is one")
@@ -39,7 +39,7 @@ class MoeOptions(Options):
         return dataclasses.replace(
             options,
             latents=8 * width,
-            n_experts=4,
+            experts=4,
             k=min(self.k, 4),
             steps=20,
             batch_size=128,

@@ -48,7 +48,7 @@ class RouterGeometry:
     ----------
     results : dict of str to Result
         ``router_cosine``, ``evenness``, ``silhouette``, ``overlap``, ``duplicates_within``, ``duplicates_across``,
-        ``tree``, and ``ami_<name>`` for each set of labels.
+        ``similarity``, ``tree``, and ``ami_<name>`` for each set of labels.
     experts : Tensor [B] int64
         First expert of each token.
     loads : Tensor [E] int64
@@ -132,7 +132,7 @@ class RouterGeometry:
         axes = new_axes(6, 5) if axes is None else axes
         order = self.tree_experts[leaves_list(self.tree.numpy())] if len(self.tree) else self.tree_experts
         shown = self.similarities[order][:, order].clone().fill_diagonal_(float("nan"))
-        picture = axes.imshow(shown.numpy(), cmap="viridis")
+        picture = axes.imshow(shown.numpy(), cmap="viridis", origin="lower")  # the tree starts at the bottom too
         axes.set_xticks(range(len(order)), order.tolist(), fontsize=8 if len(order) <= 40 else 4, rotation=90)
         axes.set_yticks(range(len(order)), order.tolist(), fontsize=8 if len(order) <= 40 else 4)
         axes.set(xlabel="expert", ylabel="expert")
@@ -140,7 +140,10 @@ class RouterGeometry:
         return axes
 
     def plot_tree(self, axes: Any = None, names: Sequence[str] | None = None) -> Any:
-        """Dendrogram of the experts; `names` ``[E]`` label the leaves, by default the experts' numbers."""
+        """Dendrogram of the experts, and how far apart they would be with their latents permuted.
+
+        `names` ``[E]`` label the leaves, by default the experts' numbers.
+        """
         if len(self.tree) == 0:
             raise ValueError("there is no tree to plot: fewer than two experts have alive latents")
         axes = new_axes(7, 1.2 + 0.24 * len(self.tree_experts)) if axes is None else axes
@@ -154,6 +157,9 @@ class RouterGeometry:
             above_threshold_color="C0",
             leaf_font_size=8,
         )
+        (mixed,) = self.results["similarity"].nulls.values()
+        axes.axvline(1 - float(mixed.mean()), color="0.45", ls="--", lw=1, label="mean with latents permuted")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
         axes.spines[["left"]].set_visible(False)
         axes.set(xlabel="distance at which experts merge (1 − similarity)")
         return axes
@@ -190,9 +196,9 @@ def router_geometry(
     energy : float
         Share of the squared norm of an expert's alive decoder rows that its span holds.
     n_null : int
-        Permutations of the labels, and of the latents for the silhouette and the duplicates.
+        Random routers, permutations of the labels, and permutations of the latents for silhouette and duplicates.
     n_costly : int
-        Samples of what costs as much as the number itself: random and k-means routers, random dictionaries, and
+        Samples of what costs as much as the number itself or more: k-means routers, random dictionaries, and
         permutations of the latents for spans and merge tree. At most `n_null`.
     seed : int
         Determines all that is random.
@@ -224,7 +230,7 @@ def router_geometry(
         bar.update(1, note="routers")
         x_cpu, center = x.detach().cpu().float(), sae.b_router.detach().cpu().float()
         rows = _centred_rows(sae.W_router)
-        random = [_random_router(rows, generator) for _ in range(n_costly)]
+        random = [_random_router(rows, generator) for _ in range(n_null)]
         random_experts = [((x_cpu - center) @ router.T).argmax(1) for router in random]
         means = [kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
         results = {
@@ -289,10 +295,16 @@ def router_geometry(
         distances = _distances(similarities, leaves)
         tree = torch.from_numpy(linkage(distances, "average")) if len(distances) else torch.empty(0, 4).double()
         mixed = [_distances(_similarities(decoder, other, len(rows)), leaves) for other in permuted[:n_costly]]
+        results["similarity"] = Result(
+            "similarity of what two experts write",
+            1 - _mean(distances),
+            {"latents permuted among experts": samples(1 - _mean(others) for others in mixed)},
+            tail="two-sided",
+        )
         results["tree"] = Result(
             "fit of the merge tree (cophenetic correlation)",
             _tree_fit(distances),
-            {"latents permuted among experts": samples(_tree_fit(distances) for distances in mixed)},
+            {"latents permuted among experts": samples(_tree_fit(others) for others in mixed)},
         )
         bar.update(6)
     return RouterGeometry(
@@ -571,6 +583,10 @@ def _distances(similarities: Tensor, leaves: Tensor) -> np.ndarray:
     """Distances of the pairs of `leaves`, in scipy's condensed form."""
     distances = (1 - similarities[leaves][:, leaves].double()).clamp(min=0).fill_diagonal_(0)
     return squareform(distances.numpy(), checks=False)
+
+
+def _mean(distances: np.ndarray) -> float:
+    return float(distances.mean()) if len(distances) else float("nan")
 
 
 def _tree_fit(distances: np.ndarray) -> float:
