@@ -83,7 +83,7 @@ def against(record: Record) -> Grid:
 
 
 def routing(record: Record) -> Grid:
-    """What routing saves, medians: encoders and steps beside those without a router, and the masked form beside ours."""
+    """What routing saves: encoders and steps beside those without a router, and the masked form beside ours."""
     pairs = {}
     for active, count in ((1, 8), (2, 8), (1, 32), (2, 32), (1, 128)):
         which = f"{active} of {count} experts"

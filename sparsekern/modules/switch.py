@@ -38,8 +38,10 @@ class SwitchSAE(SAE):
         Divides `d_sae`.
     n_active : int
         Experts a token.
-    gate : {"softmax", "sigmoid"}
-        See :func:`sparsekern.route`.
+    gate : {"sigmoid", "softmax"}
+        See :func:`sparsekern.route`. The softmax, over all experts, is the published gate; the sigmoid reconstructs
+        much better (``docs/quality.md``): a softmax over many experts is seldom near 1, and what it varies by from
+        token to token no latent can make up for.
     balance : {"loss", "bias", "none"}
         How experts are kept evenly loaded: by the Switch loss, a part ``balance`` of the loss; by a bias that only the
         choice of experts sees, raised for those with less than an even share of a batch and lowered for the others; or
@@ -95,7 +97,7 @@ class SwitchSAE(SAE):
         *,
         n_experts: int,
         n_active: int = 1,
-        gate: str = "softmax",
+        gate: str = "sigmoid",
         balance: str = "loss",
         balance_coefficient: float = 0.1,
         z_coefficient: float = 0.0,
