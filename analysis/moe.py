@@ -41,7 +41,7 @@ def train_arms(
 ) -> tuple[dict[str, sk.SAE], dict[str, dict[str, Any]]]:
     """Train the SwitchSAE and its controls on `store`; returns the modules and their summaries, by name of the arm."""
     assert options.latents is not None
-    shape = {"n_experts": options.experts, "n_active": options.active_experts}
+    shape = {"n_experts": options.experts, "n_active": options.active_experts, "gate": options.gate}
 
     def switch(**more: Any) -> sk.SwitchSAE:
         return sk.SwitchSAE(
@@ -65,6 +65,8 @@ def train_arms(
         other = "none" if options.balance != "none" else "loss"
         name = "switch, no balancing" if other == "none" else "switch, balanced by a loss"
         makers[name] = lambda: switch(balance=other)
+        gate = "softmax" if options.gate == "sigmoid" else "sigmoid"
+        makers[f"switch, {gate} gate"] = lambda: switch(balance=options.balance, gate=gate)
         makers["fixed random router"] = lambda: fixed(None)
         makers["fixed k-means router"] = lambda: fixed(_kmeans_rows(store, options))
         makers[f"plain TopK, {small:,} latents"] = lambda: plain_topk(small)
@@ -126,17 +128,17 @@ class ToyRun(NamedTuple):
 
 
 def train_on_toy(
-    seed: int, balance: str = "loss", *, at_axes: bool = False, steps: int = 1500, n_null: int = 20, n_costly: int = 5
+    seed: int, *, at_axes: bool = False, steps: int = 1500, n_null: int = 20, n_costly: int = 5, **options: Any
 ) -> ToyRun:
     """Train a SwitchSAE of 4 experts × 16 latents on 4 clusters × 16 features, and measure it on 4,096 fresh tokens.
 
     The features, the weights and the tokens all follow from `seed`. With `at_axes` the router starts at the clusters'
-    axes, where it makes no mistake, instead of at random.
+    axes, where it makes no mistake, instead of at random. `options` are those of the SwitchSAE.
     """
     generator = torch.Generator().manual_seed(seed)
     toy = SubspaceClusters(generator=generator)
     sae = sk.SwitchSAE(
-        toy.d, len(toy.features), sk.TopK(toy.active), n_experts=toy.clusters, balance=balance, generator=generator
+        toy.d, len(toy.features), sk.TopK(toy.active), n_experts=toy.clusters, generator=generator, **options
     )
     if at_axes:
         sae.W_router.data.copy_(toy.axes)
@@ -249,9 +251,9 @@ def _toys(options: MoeOptions, progress: bool) -> dict[str, list[ToyRun]]:
     """The toy for some seeds: with balancing, without, and started where the answer is."""
     steps = 100 if options.quick else 1500
     kinds: dict[str, dict[str, Any]] = {
-        "balanced by a loss": {"balance": "loss"},
-        "no balancing": {"balance": "none"},
-        "balanced, started at the axes": {"balance": "loss", "at_axes": True},
+        "balanced by a loss": {"balance": "loss", "gate": options.gate},
+        "no balancing": {"balance": "none", "gate": options.gate},
+        "balanced, started at the axes": {"balance": "loss", "gate": options.gate, "at_axes": True},
     }
     toys: dict[str, list[ToyRun]] = {name: [] for name in kinds}
     with Progress("toy", len(kinds) * options.toy_seeds, unit="trainings", shown=progress) as bar:

@@ -73,8 +73,8 @@ of these are computed. Is the division of labour one that a person would recogni
 convenient?
 
 - Activations: {activations}; {self.store.tokens:,} tokens of width {self.store.d}.
-- Module: SwitchSAE, {how}; k = {getattr(sae.activation, "k", "–")} active latents a token, balance =
-  `{sae.balance}`.
+- Module: SwitchSAE, {how}; k = {getattr(sae.activation, "k", "–")} active latents a token,
+  {sae.gate} gate, balance = `{sae.balance}`.
 - Measured on {len(self.held_out.x):,} tokens of held-out contexts, of which nothing was trained.
 
 Every number stands beside the same number for something that cannot know the answer (a **null**: labels or

@@ -18,6 +18,7 @@ class MoeOptions(Options):
     experts: int = option(16, "experts; must divide the latents", at_least=2)
     active_experts: int = option(1, "experts a token", at_least=1)
     k: int = option(32, "active latents a token", at_least=1)
+    gate: str = option("sigmoid", "what multiplies an expert's values", choices=("sigmoid", "softmax"))
     balance: str = option("loss", "how experts are kept evenly loaded", choices=("loss", "bias", "none"))
     steps: int = option(300, "of each training", at_least=1)
     batch_size: int = option(2048, "tokens a step", unit="tokens", at_least=2)

@@ -481,7 +481,7 @@ def _pass(sae: SwitchSAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _centred_rows(router: Tensor) -> Tensor:
-    """Rows of a router ``[E, d]`` less their mean: what all have in common moves no token and no softmax."""
+    """Rows of a router ``[E, d]`` less their mean: what all have in common sends no token elsewhere."""
     rows = router.detach().cpu().float()
     return rows - rows.mean(0)
 

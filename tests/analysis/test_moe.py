@@ -87,7 +87,7 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(store, tmp_path):
     assert page.count("- expert 0: ") == 2
     assert "`word" in page
     record = json.loads(written[-1].read_text(), parse_constant=pytest.fail)
-    assert len(record["arms"]) == 6
+    assert len(record["arms"]) == 7
     assert record["geometry"]["tokens"] == 120
     assert sum(record["geometry"]["loads"]) == 120
     assert {entry["kind"] for entry in record["geometry"]["results"]} == {"null", "control"}
@@ -119,4 +119,4 @@ def test_activations_without_tokens_can_be_studied(tmp_path):
     page = study(ActivationStore(tmp_path / "acts"), options, tmp_path / "out", progress=False)[0].read_text()
     assert "What each expert responds to" not in page
     assert "position" in page
-    assert "With other routers" not in page
+    assert "with other routers" not in page
