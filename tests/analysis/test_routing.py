@@ -238,7 +238,7 @@ def test_silent_latents_and_bad_numbers_are_refused():
 def trained():
     """Five seeds, 400 steps each, of three kinds.
 
-    Measured (mean, standard deviation over the seeds), two Zen 4 cores, 2026-11-23; tolerances below are four standard errors
+    Measured (mean, standard deviation over the seeds), two Zen 4 cores, 2026-11-23; tolerances are four standard errors
     of a mean, and at least five standard deviations of single seeds:
 
     =====================  ============  =============  ==================  ============  ============
