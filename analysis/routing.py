@@ -180,8 +180,8 @@ def router_geometry(
 ) -> RouterGeometry:
     """Measure how the experts of `sae` share tokens and directions.
 
-    Memory is bounded by ``E · d_in²`` numbers, the spans, the codes of 8,192 tokens and a tile of cosines. Time goes to
-    the duplicates, ``d_sae² · d_in / 4`` multiplications where they are rare.
+    Memory is bounded by copies of `x` and of the decoder, ``E · d_in²`` numbers, the spans, the codes of 8,192 tokens
+    and a tile of cosines. Time goes to the duplicates, ``d_sae² · d_in / 4`` multiplications where they are rare.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def router_geometry(
         x_cpu, center = x.detach().cpu().float(), sae.b_router.detach().cpu().float()
         rows = _centred_rows(sae.W_router)
         random = [_random_router(rows, generator) for _ in range(n_null)]
-        random_experts = [((x_cpu - center) @ router.T).argmax(1) for router in random]
+        drawn = [(x_cpu @ router.T - center @ router.T).topk(sae.n_active).indices for router in random]
         means = [kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
         results = {
             "router_cosine": Result(
@@ -243,7 +243,7 @@ def router_geometry(
             "evenness": Result(
                 "evenness of the loads",
                 evenness(loads),
-                {"random router": samples(evenness(_count(chosen, len(rows))) for chosen in random_experts)},
+                {"random router": samples(evenness(_count(chosen.flatten(), len(rows))) for chosen in drawn)},
                 {"k-means router": samples(evenness(_count(chosen, len(rows))) for chosen, _ in means)},
                 tail="two-sided",
             ),
@@ -256,7 +256,7 @@ def router_geometry(
                 agreement(experts, wanted),
                 {
                     "labels permuted": samples(agreement(experts, labels) for labels in shuffled),
-                    "random router": samples(agreement(chosen, wanted) for chosen in random_experts),
+                    "random router": samples(agreement(chosen[:, 0], wanted) for chosen in drawn),
                 },
                 {"k-means router": samples(agreement(chosen, wanted) for chosen, _ in means)},
             )
@@ -452,7 +452,8 @@ def _checked(
         raise ValueError(f"n_costly must be at least 1 and at most n_null={n_null}, got {n_costly}")
     if labels is None:
         return {}
-    named = labels if isinstance(labels, Mapping) else {"labels": labels}
+    given = labels if isinstance(labels, Mapping) else {"labels": labels}
+    named = {name: torch.as_tensor(wanted) for name, wanted in given.items()}
     for name, wanted in named.items():
         where = f"labels[{name!r}]"
         if wanted.shape != (len(x),):
