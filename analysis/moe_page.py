@@ -109,8 +109,8 @@ null's samples that are as extreme, the number itself counted in: with n samples
 {chr(10).join(lines)}
 
 FVU is the fraction of variance unexplained on the held-out tokens, lower is better; *silent* latents are
-active on none of them. The fixed routers were not trained: what the trained one has over them is what
-learning to route is worth. A token costs the encoder as much in every routed row as in *{small}*, and
+active on none of them. The fixed routers were not trained: the difference to the trained
+one is what learning to route is worth. A token costs the encoder as much in every routed row as in *{small}*, and
 {self.sae.n_experts / self.sae.n_active:g} times that in *{large}*, which has as many latents as the experts
 together. What is known from larger models: worse than plain TopK at equal width, better at equal cost (Mudide
 et al. 2024)."""
@@ -151,24 +151,25 @@ are unions of classes: compare with the controls and not with 1.
     def _experts(self) -> str:
         if not any(self.tokens):
             return ""
+        least = max((token.score for found in self.chance for token in found), default=0)
         lines = ["| expert | tokens | over-represented tokens: count here / in all |", "|---|---|---|"]
         for expert in self.geometry.loads.argsort(descending=True, stable=True).tolist():
-            words = [
-                f"`{_piece(self.store, t).replace('|', '¦').replace('`', 'ˋ')}` {here}/{in_all}"
-                for t, here, in_all, _ in self.tokens[expert]
-            ]
+            told = [token for token in self.tokens[expert] if token.score > least][:_LISTED]
+            words = [f"`{self._shown(token.token)}` {token.here}/{token.in_all}" for token in told]
             served = int((self.geometry.experts == expert).sum())
-            lines.append(f"| {expert} | {served:,} | {', '.join(words[:_LISTED]) or '–'} |")
-        best = max((score for found in self.chance for *_, score in found), default=0)
-        weakest = [found[:_LISTED][-1][-1] for found in self.tokens if found]
+            lines.append(f"| {expert} | {served:,} | {', '.join(words) or '–'} |")
         return f"""## What each expert responds to
 
 {chr(10).join(lines)}
 
 The tokens that an expert serves more often than its share, those first that tell most about the expert (their
-term of the mutual information, in nats times tokens); at least {LEAST_COUNT} occurrences. The null: with the
-experts permuted among the tokens the highest score of any token in any expert is {best:.1f}; the lowest one
-listed here is {min(weakest):.1f}."""
+term of the mutual information, in nats times tokens), at most {_LISTED}; at least {LEAST_COUNT} occurrences. The null:
+with the experts permuted among the tokens the highest term of any token in any expert is {least:.1f}; only those
+above it are listed."""
+
+    def _shown(self, token: int) -> str:
+        """A token inside a cell of a table."""
+        return _piece(self.store, token).replace("|", "¦").replace("`", "ˋ")
 
     def _examples(self) -> str:
         if not any(self.tokens):
@@ -207,7 +208,8 @@ listed here is {min(weakest):.1f}."""
 
 Over the {int(self.geometry.alive.sum()):,} of {self.sae.d_sae:,} latents that are active on these tokens.
 
-- *Router rows*: {_sentence(results["router_cosine"])} Rows are taken less their mean, which moves no token.
+- *Router rows*: {_sentence(results["router_cosine"])} Rows are taken less their mean,
+  which sends no token elsewhere.
 - *Silhouette*: whether a decoder row is nearer to those of its own expert (towards 1) or of another one
   (towards −1). {_sentence(results["silhouette"])}{nearer}
 - *Overlap*: an expert's span is the leading directions that hold 90% of its decoder rows' energy

@@ -26,7 +26,7 @@ class MoeOptions(Options):
     held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
     tokens: int = option(32768, "held-out tokens measured, at most", unit="tokens", at_least=2)
     n_null: int = option(20, "random routers, and permutations", at_least=1)
-    n_costly: int = option(5, "k-means routers, random dictionaries, permutations for spans and tree", at_least=1)
+    n_costly: int = option(20, "random dictionaries, and permutations for spans and tree", at_least=1)
     toy_seeds: int = option(3, "trainings on made data, with and without balancing", at_least=1)
     seed: int = option(0, "seed of weights, split and nulls; with a trained SAE, the one of its training", at_least=0)
     device: str | None = option(None, "where to train; by default a GPU if there is one")

@@ -36,6 +36,7 @@ _BATCH = 8192  # tokens encoded at a time
 _TILE = 2048  # rows a side of a tile of cosines: 16 MiB
 _DENSE_TILE = 65536  # candidates in a tile beyond which all its cosines are computed
 _KMEANS_TOKENS = 32768  # k-means is fitted on so many tokens at most
+_KMEANS_FITS = 5  # of a control, which has no p
 _NULL_QUERIES = 1024  # random latents whose duplicates are looked for among all others
 _NULL_EXPERTS = 8  # under a permutation experts are alike: so many stand for all
 
@@ -198,8 +199,8 @@ def router_geometry(
     n_null : int
         Random routers, permutations of the labels, and permutations of the latents for silhouette and duplicates.
     n_costly : int
-        Samples of what costs as much as the number itself or more: k-means routers, random dictionaries, and
-        permutations of the latents for spans and merge tree. At most `n_null`.
+        Samples of what costs as much as the number itself: random dictionaries, and permutations of the latents for
+        spans and merge tree. At most `n_null`; k-means is fitted as often, at most five times.
     seed : int
         Determines all that is random.
     progress : bool
@@ -232,7 +233,7 @@ def router_geometry(
         rows = _centred_rows(sae.W_router)
         random = [_random_router(rows, generator) for _ in range(n_null)]
         drawn = [(x_cpu @ router.T - center @ router.T).topk(sae.n_active).indices for router in random]
-        means = [kmeans(x_cpu, len(rows), seed + index) for index in range(n_costly)]
+        means = [kmeans(x_cpu, len(rows), seed + index) for index in range(min(n_costly, _KMEANS_FITS))]
         results = {
             "router_cosine": Result(
                 "largest cosine between two router rows",
