@@ -366,7 +366,9 @@ def silhouette(unit: Tensor, owner: Tensor, n_experts: int) -> float:
     return float(scores.masked_fill(size == 1, 0).double().mean())
 
 
-def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | None = None) -> Tensor:
+def with_duplicate(
+    unit: Tensor, owners: Tensor, cosine: float, queries: int | None = None, *, principal: bool = False
+) -> Tensor:
     """Which unit rows have another row at more than `cosine`, inside their group and in another one.
 
     Exact, without an n × n matrix. By Cauchy–Schwarz a product is at most that of some leading coordinates plus the
@@ -383,6 +385,8 @@ def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | N
         Above which rows are duplicates.
     queries : int or None
         Answer for the first so many rows only.
+    principal : bool
+        Whether the coordinates of the rows are principal ones already, largest first: saves turning them.
 
     Returns
     -------
@@ -391,8 +395,7 @@ def with_duplicate(unit: Tensor, owners: Tensor, cosine: float, queries: int | N
     """
     n, d = unit.shape
     asked = n if queries is None else min(queries, n)
-    axes = torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)
-    turned = unit @ axes
+    turned = unit if principal else unit @ torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)
     leading = max(1, d // 4)
     short = torch.cat([turned[:, :leading], turned[:, leading:].norm(dim=1, keepdim=True)], dim=1)
     found = torch.zeros(len(owners), 2, asked, dtype=torch.bool)
@@ -568,10 +571,11 @@ def _duplicate_results(
 
 def _random_shares(unit: Tensor, owner: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
     """The same two shares for random latents with the second moment of the true ones, from a sample of queries."""
-    values = torch.linalg.eigvalsh(unit.T @ unit / len(unit))
-    draw = torch.randn(unit.shape, generator=generator) * values.clamp(min=0).sqrt()  # in principal coordinates
+    spread = torch.linalg.eigvalsh(unit.T @ unit).flip(0).clamp(min=0).sqrt()
+    draw = normalize(torch.randn(unit.shape, generator=generator) * spread, dim=1)
     order = torch.randperm(len(owner), generator=generator)  # else the queries are all of the first experts
-    return with_duplicate(normalize(draw, dim=1), owner[order][None], cosine, _NULL_QUERIES)[0].double().mean(1)
+    found = with_duplicate(draw, owner[order][None], cosine, _NULL_QUERIES, principal=True)
+    return found[0].double().mean(1)
 
 
 def _similarities(unit: Tensor, owner: Tensor, n_experts: int) -> Tensor:

@@ -53,6 +53,7 @@ def test_duplicates_are_those_of_the_full_matrix(monkeypatch, d, queries, dense_
     rows = normalize(rows, dim=1)
     owners = torch.randint(0, 5, (3, 150), generator=generator(2))
     found = with_duplicate(rows, owners, 0.9, queries)
+    assert torch.equal(found, with_duplicate(rows, owners, 0.9, queries, principal=True))  # true in any coordinates
     close = (rows.double() @ rows.double().T > 0.9).fill_diagonal_(False)
     assert close.any(1).double().mean() > 0.2
     for answer, owner in zip(found, owners, strict=True):
