@@ -145,12 +145,12 @@ def describe_latents(
         lines += [f"## Latent {latent} · density {100 * density[latent]:.2g}% · {words}", ""]
         for a in tokens:
             text = store.context_text(a.context, mark=a.position, marks=("⟦", "⟧"), window=16)
-            lines.append(f"- {a.value:.2f} · {_markdown(text)}")
+            lines.append(f"- {a.value:.2f} · {one_line(text)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _markdown(text: str) -> str:
+def one_line(text: str) -> str:
     """A context on one line, its signs of markup shown as they are and its marked token in bold."""
     text = re.sub(r"(?<=\S)[\\`*_<]|[\\`*_<](?=\S)", r"\\\g<0>", " ".join(text.split()))
     return text.replace("⟦", "**⟦").replace("⟧", "⟧**")

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
+from sparsekern.analysis.options import MoeOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import EMBEDDED_MODEL, ActivationStore, harvest, import_activations, read_texts
 from sparsekern.files import write_json
@@ -38,6 +39,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+studies = typer.Typer(
+    name="study",
+    help="Look at trained SAEs from one side, beside what chance gives: a page with pictures, and all numbers as JSON.",
+    no_args_is_help=True,
+)
+app.add_typer(studies)
 out = Console()
 
 T = TypeVar("T", bound=Options)
@@ -145,7 +152,7 @@ def _read_toml(text: str) -> Any:
     return tomllib.loads(text)
 
 
-def command(cls: type[T]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(cls: type[T], group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command whose parameter ``options`` becomes the flags of `cls`, and ``--config``."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -174,7 +181,7 @@ def command(cls: type[T]) -> Callable[[Callable[..., None]], Callable[..., None]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__ = function.__doc__
-        app.command(name=function.__name__.removesuffix("_command"))(run)
+        group.command(name=function.__name__.removesuffix("_command"))(run)
         return function
 
     return register
@@ -323,6 +330,30 @@ def bench_command(options: BenchOptions) -> None:
     out.print(f"→ {', '.join(f'[bold]{path}[/]' for path in written)}", soft_wrap=True)
     if any(case["failed"] for case in record["cases"]):
         raise typer.Exit(1)
+
+
+@command(MoeOptions, studies)
+def moe_command(
+    options: MoeOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures, results.json and the runs.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """What the experts of a mixture of experts divide among themselves: loads, labels, latents, a merge tree, a toy."""
+    from sparsekern.analysis import moe
+
+    _study(moe.study(_study_store(activations, output, overwrite), options, output))
+
+
+def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
+    """The store of a study, once it is clear that nothing in `output` is lost."""
+    if (output / "page.md").exists() and not overwrite:
+        raise ValueError(f"{output} holds a study already; overwrite it, or choose another folder")
+    return ActivationStore(activations)
+
+
+def _study(written: list[Path]) -> None:
+    out.print(f"Look at [bold]{written[0]}[/]; numbers: {written[-1]}", soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparsekern as sk
+from sparsekern.analysis.options import MoeOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.cli import EvalOptions, HarvestOptions, TrainOptions, app, parse
 from sparsekern.data import ActivationStore, StoreWriter
@@ -260,6 +261,29 @@ def test_help_shows_every_option_with_type_and_default(cli, command):
     if command == "train":
         assert "[default: (2048 tokens)]" in shown
         assert "<float> peak learning rate" in shown
+
+
+def test_study_moe_writes_its_page_and_keeps_it(cli, store, tmp_path):
+    command = ["study", "moe", store, "--output", "study", "--quick", "--no-controls", "--no-toy", "--device", "cpu"]
+    result = cli(*command)
+    assert result.exit_code == 0, result.output
+    assert "Look at study/page.md; numbers: study/results.json" in plain(result)
+    page = (tmp_path / "study" / "page.md").read_text()
+    assert "## What each expert responds to" in page
+    again = cli(*command)
+    assert again.exit_code == 2
+    assert "study holds a study already; overwrite it, or choose another folder" in plain(again)
+    (tmp_path / "moe.yaml").write_text("experts: 5\nlatents: 64\n")
+    refused = cli("study", "moe", store, "--output", "other", "--config", "moe.yaml")
+    assert refused.exit_code == 2
+    assert "n_experts must divide d_sae=64, got 5" in plain(refused)
+
+
+def test_studies_are_listed_with_all_their_options(cli):
+    assert "moe" in plain(cli("study", "--help"))
+    shown = plain(cli("study", "moe", "--help"))
+    for name in MoeOptions.names():
+        assert f"--{name.replace('_', '-')}" in shown
 
 
 def test_doctor_names_a_backend_for_every_op(cli):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.analysis.latents import _markdown, describe_latents, spread_by_density, top_contexts
+from sparsekern.analysis.latents import describe_latents, one_line, spread_by_density, top_contexts
 from sparsekern.analysis.runs import write_report
 from sparsekern.data import ActivationStore, StoreWriter
 
@@ -63,7 +63,7 @@ def test_the_page_marks_the_active_token(store):
 
 
 def test_markup_in_texts_is_shown_not_obeyed():
-    assert _markdown("a * b `c` x_y\n<t> ⟦tok⟧en") == r"a * b \`c\` x\_y \<t> **⟦tok⟧**en"
+    assert one_line("a * b `c` x_y\n<t> ⟦tok⟧en") == r"a * b \`c\` x\_y \<t> **⟦tok⟧**en"
 
 
 def test_a_report_needs_a_finished_run(store, tmp_path):

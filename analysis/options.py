@@ -1,0 +1,51 @@
+"""The options of ``sparsekern study …``: apart from the studies, whose libraries the command line can start without."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sparsekern.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeOptions(Options):
+    """Options of ``sparsekern study moe``."""
+
+    sae: str | None = option(None, "a trained SwitchSAE to study, folder or Hub id; by default one is trained")
+    controls: bool = option(True, "train the controls too: other routers, no balancing, plain TopK")
+    toy: bool = option(True, "repeat the study on made data whose clusters are known")
+    latents: int | None = option(None, "of all experts together; by default 16 times the width", at_least=2)
+    experts: int = option(16, "experts; must divide the latents", at_least=2)
+    active_experts: int = option(1, "experts a token", at_least=1)
+    k: int = option(32, "active latents a token", at_least=1)
+    gate: str = option("sigmoid", "what multiplies an expert's values", choices=("sigmoid", "softmax"))
+    balance: str = option("loss", "how experts are kept evenly loaded", choices=("loss", "bias", "none"))
+    steps: int = option(300, "of each training", at_least=1)
+    batch_size: int = option(2048, "tokens a step", unit="tokens", at_least=2)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
+    tokens: int = option(32768, "held-out tokens measured, at most", unit="tokens", at_least=2)
+    n_null: int = option(20, "random routers, and permutations", at_least=1)
+    n_costly: int = option(20, "random dictionaries, and permutations for spans and tree", at_least=1)
+    toy_seeds: int = option(3, "trainings on made data, with and without balancing", at_least=1)
+    seed: int = option(0, "seed of weights, split and nulls; with a trained SAE, the one of its training", at_least=0)
+    device: str | None = option(None, "where to train; by default a GPU if there is one")
+    quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
+
+    def resolved(self, width: int) -> MoeOptions:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        options = dataclasses.replace(self, latents=self.latents or 16 * width)
+        if not self.quick:
+            return options
+        return dataclasses.replace(
+            options,
+            latents=8 * width,
+            experts=4,
+            k=min(self.k, 4),
+            steps=20,
+            batch_size=128,
+            tokens=min(self.tokens, 2048),
+            n_null=3,
+            n_costly=2,
+            toy_seeds=1,
+        )
