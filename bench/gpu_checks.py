@@ -164,7 +164,8 @@ def routed(problem: Problem, n_experts: int, n_active: int) -> Check:
 
     def call() -> tuple[Tensor, ...]:
         route = sk.route(x, router, n_active)
-        return *sk.routed_topk_encode(x, weight, bias, route, k)[:2], *route
+        assert route.logits is not None
+        return *sk.routed_topk_encode(x, weight, bias, route, k)[:2], *route[:4], route.logits
 
     (values, indices, experts, gates, order, offsets, logits), same = problem.twice(call)
     grouped = reference.group_slots(experts, n_experts)

@@ -38,8 +38,11 @@ def spherical_kmeans(x: Tensor, start: Tensor, iterations: int = 25) -> Tensor:
     Parameters
     ----------
     x : Tensor [n, d]
+        What is clustered, by direction alone.
     start : Tensor [clusters, d]
-        Directions to start from. A cluster that loses all rows takes the row that its own direction fits worst.
+        Directions to start from. A cluster that has lost all rows takes one of those that fit their clusters worst.
+    iterations : int
+        Of Lloyd's.
 
     Returns
     -------

@@ -50,8 +50,8 @@ class SwitchSAE(SAE):
     balance_coefficient : float
         Weight of ``n_experts · Σ_i f_i P_i − 1``, with f_i the share of the batch that expert i serves and P_i its mean
         probability: 0 where loads are even. No token is dropped, so uneven loads cost little, and a strong balance
-        pulls the router away from the clusters of the data (``docs/quality.md``). The published α stands beside a squared error that is not normalized:
-        ``α · d_in / variance of a token`` is the weight here.
+        pulls the router away from the clusters of the data (``docs/quality.md``). The published α stands beside a
+        squared error that is not normalized: ``α · d_in / variance of a token`` is the weight here.
     z_coefficient : float
         Weight of the mean squared log-partition function of the router's logits, which keeps these small; a part ``z``.
     bias_rate : float
