@@ -70,8 +70,6 @@ def arms(width: int, base: int) -> list[Arm]:
         Arm(f"2 of {few} experts", "equal width", width, few, 2),
         Arm(f"2 of {few} experts, feature scaling", "equal width", width, few, 2, (("feature_scaling", True),)),
         Arm(f"{few} experts, softmax gate", "equal width", width, few, 1, (("gate", "softmax"),)),
-        Arm(f"{few} experts, bias balanced", "equal width", width, few, 1, (("balance", "bias"),)),
-        Arm(f"{few} experts, balance 0.1", "equal width", width, few, 1, (("balance_coefficient", 0.1),)),
         Arm(f"{few} experts, random start", "equal width", width, few, 1, (("router_start", "random"),)),
         Arm("TopK", "equal FLOPs", base),
         *(Arm(f"{e} experts", "equal FLOPs", e * base, e) for e in counts),

@@ -32,17 +32,22 @@ def geometric_median(x: Tensor, tolerance: float = 1e-5, max_iterations: int = 1
     return median
 
 
-def spherical_kmeans(x: Tensor, start: Tensor, iterations: int = 25) -> Tensor:
+def spherical_kmeans(x: Tensor, clusters: int, iterations: int = 25, restarts: int = 4) -> Tensor:
     """Unit directions of clusters of the rows of `x` ``[n, d]``, by Lloyd's iteration on cosines.
+
+    It starts from rows drawn far from each other (k-means++), a few times, and keeps the best. The draws have a seed of
+    their own: the same rows give the same clusters.
 
     Parameters
     ----------
     x : Tensor [n, d]
         What is clustered, by direction alone.
-    start : Tensor [clusters, d]
-        Directions to start from. A cluster that has lost all rows takes one of those that fit their clusters worst.
+    clusters : int
+        How many. Those beyond the number of rows repeat rows.
     iterations : int
-        Of Lloyd's.
+        Of Lloyd's. A cluster that has lost all rows takes one of those that fit theirs worst.
+    restarts : int
+        Starts.
 
     Returns
     -------
@@ -50,18 +55,34 @@ def spherical_kmeans(x: Tensor, start: Tensor, iterations: int = 25) -> Tensor:
 
     References
     ----------
-    Dhillon and Modha, *Concept decompositions for large sparse text data using clustering*, Machine Learning 42 (2001).
+    Dhillon and Modha, *Concept decompositions for large sparse text data using clustering*, Machine Learning 42 (2001);
+    Arthur and Vassilvitskii, *k-means++* (2007).
     """
     rows = torch.nn.functional.normalize(x, dim=1)
-    centers = torch.nn.functional.normalize(start, dim=1)
-    count = centers.shape[0]
-    for _ in range(iterations):
-        best = (rows @ centers.T).max(1)
-        # Empty clusters take the worst fitted rows, one each, in order: nothing waits to see how many there are.
-        sizes = torch.bincount(best.indices, minlength=count)
-        empty = sizes == 0
-        sums = torch.zeros_like(centers).index_add_(0, best.indices, rows)
-        worst = best.values.argsort()[: min(count, rows.shape[0])]
-        take = (empty.cumsum(0) - 1).clamp(0, worst.shape[0] - 1)
-        centers = torch.nn.functional.normalize(torch.where(empty[:, None], rows[worst[take]], sums), dim=1)
-    return centers
+    generator = torch.Generator().manual_seed(0)
+    found, best = rows[:0], -torch.inf
+    for _ in range(restarts):
+        centers = _far_rows(rows, clusters, generator)
+        for _ in range(iterations):
+            fit = (rows @ centers.T).max(1)
+            empty = torch.bincount(fit.indices, minlength=clusters) == 0
+            worst = fit.values.argsort()[: min(clusters, len(rows))]
+            instead = rows[worst[(empty.cumsum(0) - 1).clamp(0, len(worst) - 1)]]
+            sums = torch.zeros_like(centers).index_add_(0, fit.indices, rows)
+            centers = torch.nn.functional.normalize(torch.where(empty[:, None], instead, sums), dim=1)
+        total = float((rows @ centers.T).amax(1).sum())
+        if total > best:
+            found, best = centers, total
+    return found
+
+
+def _far_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the unit `rows`, each drawn with odds that fall with its cosine to the nearest before it."""
+    chosen = [int(torch.randint(len(rows), (), generator=generator))]
+    distance = 1 - rows @ rows[chosen[0]]
+    for _ in range(count - 1):
+        odds = distance.clamp_min(0).cpu().double().cumsum(0)
+        draw = torch.rand((), generator=generator, dtype=torch.float64) * odds[-1]
+        chosen.append(min(int(torch.searchsorted(odds, draw, right=True)), len(rows) - 1))
+        distance = torch.minimum(distance, 1 - rows @ rows[chosen[-1]])
+    return rows[torch.tensor(chosen, device=rows.device)]

@@ -18,6 +18,9 @@ from sparsekern.routing import Routing
 BALANCES = ("loss", "bias", "none")
 ROUTER_STARTS = ("kmeans", "random")
 
+_START_TOKENS = 8192
+"""Tokens of a batch whose clusters the router starts at, at most."""
+
 
 class SwitchSAE(SAE):
     """A mixture of expert SAEs: ``z = gate · TopK(ReLU(W_enc (x − b_dec) + b_enc))`` over the token's experts.
@@ -259,8 +262,8 @@ class SwitchSAE(SAE):
         self._fit_center_(x, center)
         self.b_router.copy_(self.b_dec)
         if self.router_start == "kmeans":
-            rows = x.reshape(-1, self.d_in).to(self.b_dec.dtype) - self.b_router
-            self.W_router.copy_(spherical_kmeans(rows, self.W_router))
+            rows = x.reshape(-1, self.d_in)[:_START_TOKENS].to(self.b_dec.dtype) - self.b_router
+            self.W_router.copy_(spherical_kmeans(rows, self.n_experts))
         logits = self.route(x).logits
         assert logits is not None
         spread = logits.std(0).mean()

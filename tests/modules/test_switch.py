@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsekern as sk
+from sparsekern.modules.initialization import spherical_kmeans
 
 
 def make(d_in=12, d_sae=40, k=4, n_experts=5, seed=1, **options):
@@ -83,7 +84,7 @@ def test_loss_and_every_gradient_equal_the_dense_definition(choice, seed, rows):
 
 def test_one_expert_is_the_plain_sae():
     plain = sk.SAE(12, 40, sk.TopK(4), generator=torch.Generator().manual_seed(1))
-    switch = make(n_experts=1)
+    switch = make(n_experts=1, gate="softmax")
     switch.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(30, 12)
     torch.testing.assert_close(switch(x), plain(x))
@@ -124,8 +125,8 @@ def loads_after(balance, steps=150, **options):
 
 
 def test_balancing_evens_the_loads():
-    # Over six seeds of the starting weights: largest load 1.42 to 3.03 (this seed: 1.89) and smallest .11 to .61
-    # without balancing; 1.06 to 1.20 and .73 to .92 with either kind.
+    # Over six seeds of the starting weights: largest load 1.52 to 2.19 (this seed: 1.58) and smallest .34 to .58
+    # without balancing; 1.03 to 1.23 and .83 to .97 with either kind.
     assert loads_after("none", dead_expert_after=10**9)[0] > 1.4
     for balanced in (loads_after("loss", balance_coefficient=1.0), loads_after("bias", bias_rate=1e-2)):
         assert balanced[0] < 1.35
@@ -178,6 +179,34 @@ def test_the_start_is_fitted():
     torch.testing.assert_close((recon * rows).sum(), recon.square().sum())  # no other scale fits better
 
 
+def test_the_router_starts_at_the_clusters_of_the_batch():
+    which = torch.arange(500) % 5
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        centers = torch.nn.functional.normalize(torch.randn(5, 12, generator=generator), dim=1)
+        x = 7 + 4 * centers[which] + 0.3 * torch.randn(500, 12, generator=generator)
+        sae = make()
+        sae.fit_start_(x, center="mean")
+        together = sae.route(x).experts.view(100, 5)
+        assert (together == together[0]).all()  # tokens of a cluster share an expert
+    sae, before = make(router_start="random"), make().W_router
+    sae.fit_start_(x)
+    cosine = torch.nn.functional.cosine_similarity(sae.W_router, before, dim=1)
+    torch.testing.assert_close(cosine, torch.ones(5))
+
+
+def test_kmeans_gives_every_cluster_a_row():
+    rows = torch.nn.functional.normalize(torch.randn(40, 6), dim=1)
+    centers = spherical_kmeans(rows, 8)
+    torch.testing.assert_close(centers.norm(dim=1), torch.ones(8))
+    assert torch.equal(torch.unique((rows @ centers.T).argmax(1)), torch.arange(8))
+    assert torch.equal(centers, spherical_kmeans(rows, 8))
+    same = spherical_kmeans(rows[:1].expand(20, -1), 3)  # one point: all but one cluster are empty at every turn
+    torch.testing.assert_close(same, rows[:1].expand(3, -1))
+    few = spherical_kmeans(rows[:2], 8)  # more clusters than rows
+    assert ((few @ rows[:2].T).max(1).values > 0.999).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"balance": "bias", "feature_scaling": True, "n_active": 2}])
 def test_saving_copying_pickling_and_resuming(tmp_path, options):
     x = torch.randn(6, 32, 12)
@@ -220,6 +249,7 @@ def test_precisions_shapes_and_autocast():
         ({"gate": "top"}, "gate must be one of softmax, sigmoid, got 'top'"),
         ({"balance": "even"}, "balance must be one of loss, bias, none, got 'even'"),
         ({"balance_coefficient": -1}, "balance_coefficient must not be negative"),
+        ({"router_start": "pca"}, "router_start must be one of kmeans, random, got 'pca'"),
         ({"dead_expert_after": 0}, "dead_expert_after must be a whole number of at least 1"),
     ],
 )
