@@ -290,10 +290,23 @@ float reached_by(std::int64_t k, const float* values, std::int64_t n) {
     return low;
 }
 
+// The candidates' upper bounds less so many times their margins.
+inline void lower_bounds(const Screen& screen, const Row& row, float times, float* __restrict out) {
+    const float* error = screen.quantized.error;
+    const float* norm = screen.quantized.norm;
+    const float length = row.length, missing = row.missing, slack = screen.slack;
+    const std::int32_t count = row.count;
+#pragma omp simd
+    for (std::int32_t c = 0; c < count; ++c) {
+        const std::int32_t i = row.index[c];
+        out[c] = row.upper[c] - times * (error[i] * length + norm[i] * missing + slack);
+    }
+}
+
 // Raises the row's floor to what k candidates certainly reach, and drops the candidates that certainly stay below it.
 void prune(const Screen& screen, Row& row, float* scratch) {
     if (row.count < screen.args.k) return;
-    for (std::int32_t c = 0; c < row.count; ++c) scratch[c] = row.upper[c] - 2 * screen.margin(row, row.index[c]);
+    lower_bounds(screen, row, 2, scratch);
     row.floor = std::max(row.floor, reached_by(screen.args.k, scratch, row.count));
     std::int32_t kept = 0;
     for (std::int32_t c = 0; c < row.count; ++c) {
@@ -474,15 +487,45 @@ double exact_dot(const float* a, const float* b, std::int64_t d) {
     return sum;
 }
 
+// A score with its latent, as one number: larger for larger scores, and for the lower of tied latents.
 struct Scored {
-    float score;
-    std::int32_t index;
+    std::uint64_t key = 0;
+
+    Scored() = default;
+    Scored(float score, std::int32_t index) {
+        score += 0.0f;  // of two zeros the positive one
+        std::uint32_t bits;
+        std::memcpy(&bits, &score, 4);
+        bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
+        key = std::uint64_t{bits} << 32 | (0xffffffffu - static_cast<std::uint32_t>(index));
+    }
+    float score() const {
+        std::uint32_t bits = static_cast<std::uint32_t>(key >> 32);
+        bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
+        float score;
+        std::memcpy(&score, &bits, 4);
+        return score;
+    }
+    std::int32_t index() const { return static_cast<std::int32_t>(0xffffffffu - static_cast<std::uint32_t>(key)); }
 };
 
-// Falling scores, ties to the lower index. An object, because sorting algorithms call a function through a pointer.
-constexpr auto before = [](const Scored& a, const Scored& b) {
-    return a.score > b.score || (a.score == b.score && a.index < b.index);
-};
+// An object, because sorting algorithms would call a function through a pointer.
+constexpr auto before = [](const Scored& a, const Scored& b) { return a.key > b.key; };
+
+// Sorts the first k. Few are put at their ranks, which are counted without a branch to guess.
+inline void sort_first(std::int64_t k, std::vector<Scored>& scored) {
+    constexpr std::int64_t kFew = 64;
+    if (k > kFew) return std::sort(scored.begin(), scored.begin() + k, before);
+    std::uint64_t key[kFew], sorted[kFew];
+    for (std::int64_t j = 0; j < k; ++j) key[j] = scored[j].key;
+    for (std::int64_t j = 0; j < k; ++j) {
+        std::int64_t rank = 0;
+#pragma omp simd reduction(+ : rank)
+        for (std::int64_t i = 0; i < k; ++i) rank += key[i] > key[j];
+        sorted[rank] = key[j];
+    }
+    for (std::int64_t j = 0; j < k; ++j) scored[j].key = sorted[j];
+}
 
 // Some rows (or slots), all of whose latents are in [low, high), and their candidates from the end of screening to the
 // selection. A row's candidates are its first Row::scored, of which `upper` now holds the exact score, then the others.
@@ -517,27 +560,23 @@ struct Rescoring {
                      });
     }
 
-    // Moves the candidates that `wanted` picks to the front of those not scored; they are what score() scores next.
-    template <class Wanted>
-    static void queue(Row& row, const Wanted& wanted) {
-        row.queued = row.scored;
-        for (std::int32_t c = row.scored; c < row.count; ++c)
-            if (wanted(c)) {
-                std::swap(row.upper[row.queued], row.upper[c]);
-                std::swap(row.index[row.queued++], row.index[c]);
-            }
-    }
-
-    // The k that look best: what they reach will spare most of the others.
+    // Queues, which score() scores next, come behind the scored. First the k that look best: what they reach will spare
+    // most of the others.
     void queue_best() const {
         const std::int64_t k = screen.args.k;
         each_row([&](std::int64_t, Row& row, float* scratch, std::vector<Scored>&) {
             prune(screen, row, scratch);
             row.scored = row.queued = 0;
             if (row.count < k) return give_up(row);
-            for (std::int32_t c = 0; c < row.count; ++c) scratch[c] = row.upper[c] - screen.margin(row, row.index[c]);
+            lower_bounds(screen, row, 1, scratch);
             const float good = reached_by(k, scratch, row.count);
-            queue(row, [&](std::int32_t c) { return row.upper[c] - screen.margin(row, row.index[c]) >= good; });
+            std::int32_t queued = 0;
+            for (std::int32_t c = 0; c < row.count; ++c) {  // swapped in any case: no branch to guess
+                std::swap(row.upper[queued], row.upper[c]);
+                std::swap(row.index[queued], row.index[c]);
+                queued += scratch[c] >= good;
+            }
+            row.queued = queued;
         });
     }
 
@@ -547,7 +586,14 @@ struct Rescoring {
             std::copy(row.upper, row.upper + row.scored, scratch);
             std::nth_element(scratch, scratch + (screen.args.k - 1), scratch + row.scored, std::greater<float>());
             row.floor = std::max(row.floor, scratch[screen.args.k - 1]);
-            queue(row, [&](std::int32_t c) { return row.upper[c] >= row.floor; });
+            for (std::int32_t c = row.scored; c < row.count; ++c) {
+                const float upper = row.upper[c];
+                const std::int32_t index = row.index[c];
+                row.upper[row.queued] = upper;
+                row.index[row.queued] = index;
+                row.queued += upper >= row.floor;
+            }
+            row.count = row.queued;
         });
     }
 
@@ -583,15 +629,24 @@ struct Rescoring {
     void select() const {
         const std::int64_t k = screen.args.k;
         each_row([&](std::int64_t b, Row& row, float*, std::vector<Scored>& scored) {
-            scored.clear();
-            for (std::int32_t c = 0; c < row.scored; ++c) scored.push_back({row.upper[c], row.index[c]});
-            std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), before);
-            settle_near_ties(row, inputs[b], scored);
-            std::sort(scored.begin(), scored.begin() + k, before);
+            const float reach = resolution(row);
+            const float least = reached_by(k, row.upper, row.scored) - reach;  // leaves few beside the k
+            scored.resize(row.scored);
+            std::int64_t kept = 0;
+            for (std::int32_t c = 0; c < row.scored; ++c) {
+                scored[kept] = Scored(row.upper[c], row.index[c]);
+                kept += row.upper[c] >= least;
+            }
+            scored.resize(kept);
+            if (kept > k) {
+                std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), before);
+                settle_near_ties(inputs[b], reach, scored);
+            }
+            sort_first(k, scored);
             const std::int64_t first = (top + places[b]) * k;
             for (std::int64_t j = 0; j < k; ++j) {
-                screen.args.values[first + j] = std::max(scored[j].score, 0.0f);
-                screen.args.index[first + j] = scored[j].index;
+                screen.args.values[first + j] = std::max(scored[j].score(), 0.0f);
+                screen.args.index[first + j] = scored[j].index();
             }
         });
     }
@@ -615,24 +670,30 @@ struct Rescoring {
         return total;
     }
 
+    // The largest difference of two of the row's scores that float32 rounding can turn around: both may be off.
+    float resolution(const Row& row) const {
+        const float* norms = screen.quantized.norm;
+        float norm = 0;
+#pragma omp simd reduction(max : norm)
+        for (std::int32_t c = 0; c < row.scored; ++c) norm = norms[row.index[c]] > norm ? norms[row.index[c]] : norm;
+        return 2 * (norm * row.rounding + screen.slack);
+    }
+
     // Scores that float32 rounding could have moved across the k-th are ordered by their float64 values instead, so
     // that the selected set is that of exact arithmetic. After this the first k of `scored` are the selected.
-    void settle_near_ties(const Row& row, const float* x, std::vector<Scored>& scored) const {
-        const float kth = scored[screen.args.k - 1].score;
-        float norm = 0;
-        for (const Scored& s : scored) norm = std::max(norm, screen.quantized.norm[s.index]);
-        const float reach = 2 * (norm * row.rounding + screen.slack);  // both scores may be off
-        const auto near = [&](const Scored& s) { return std::fabs(s.score - kth) <= reach; };
-        const auto above = [&](const Scored& s) { return s.score > kth && !near(s); };
+    void settle_near_ties(const float* x, float reach, std::vector<Scored>& scored) const {
+        const float kth = scored[screen.args.k - 1].score();
+        const auto near = [&](const Scored& s) { return std::fabs(s.score() - kth) <= reach; };
+        const auto above = [&](const Scored& s) { return s.score() > kth && !near(s); };
         const auto ties = std::partition(scored.begin(), scored.end(), above);
         const auto rest = std::partition(ties, scored.end(), near);
         const std::int64_t open = screen.args.k - (ties - scored.begin());
         if (rest - ties <= open) return;
         std::vector<std::pair<double, Scored>> exact;
         for (auto s = ties; s != rest; ++s)
-            exact.push_back({exact_dot(weight(s->index), x, screen.args.weights.d) + bias(s->index), *s});
+            exact.push_back({exact_dot(weight(s->index()), x, screen.args.weights.d) + bias(s->index()), *s});
         std::sort(exact.begin(), exact.end(), [](const auto& a, const auto& b) {
-            return a.first > b.first || (a.first == b.first && a.second.index < b.second.index);
+            return a.first > b.first || (a.first == b.first && a.second.index() < b.second.index());
         });
         std::transform(exact.begin(), exact.end(), ties, [](const auto& e) { return e.second; });
     }
@@ -641,28 +702,23 @@ struct Rescoring {
 // ---------------------------------------------------------------------------------------------------------------------
 // The whole
 
-// Quantises one input and sets up its row; `xq` has padded_width(d) bytes.
-void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) {
+// Quantises one input and sets up its row; `xq` has padded_width(d) bytes, `plain` room for the input.
+void enter_row(const Screen& screen, const float* x, float* __restrict plain, std::int8_t* __restrict xq, Row& row) {
     const std::int64_t d = screen.args.weights.d;
     std::memset(xq, 0, padded_width(d));
     row.floor = std::numeric_limits<float>::lowest();
     row.scale = row.length = row.missing = row.rounding = 0;
     row.offset = row.count = row.scored = row.queued = 0;
     row.certain = true;
-    float apart = 0, largest = largest_size(x, d);
-    if (!(largest < kLargest)) return give_up(row);
-    if (screen.outliers) {
-        for (int o = 0; o < screen.outliers; ++o) {
-            row.outlier[o] = x[screen.outlier_column[o]];
-            apart += std::fabs(row.outlier[o]);
-        }
-        largest = 0;
-        for (std::int64_t o = 0, from = 0; o <= screen.outliers; ++o) {  // between one outlier and the next
-            const std::int64_t to = o < screen.outliers ? screen.outlier_column[o] : d;
-            largest = std::max(largest, largest_size(x + from, to - from));
-            from = to + 1;
-        }
+    if (!(largest_size(x, d) < kLargest)) return give_up(row);
+    std::memcpy(plain, x, d * sizeof(float));
+    float apart = 0;
+    for (int o = 0; o < screen.outliers; ++o) {
+        row.outlier[o] = x[screen.outlier_column[o]];
+        apart += std::fabs(row.outlier[o]);
+        plain[screen.outlier_column[o]] = 0;
     }
+    const float largest = largest_size(plain, d);
     if (largest > 0 && largest < kSmallest) return give_up(row);
     const float root = std::sqrt(static_cast<float>(d));
     const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
@@ -670,19 +726,13 @@ void enter_row(const Screen& screen, const float* x, std::int8_t* xq, Row& row) 
     std::int32_t sum = 0;
 #pragma omp simd reduction(+ : squares, errors, sum)
     for (std::int64_t c = 0; c < d; ++c) {
-        // An outlier dimension is clamped here and counts as zero below.
-        const float value = std::min(std::max(x[c] * inverse, -127.0f), 127.0f);
+        const float value = plain[c] * inverse;
         const int whole = static_cast<int>(value + std::copysign(0.5f, value));
         const float rest = value - static_cast<float>(whole);
         xq[c] = static_cast<std::int8_t>(whole);
         squares += value * value;
         errors += rest * rest;
         sum += whole;
-    }
-    for (int o = 0; o < screen.outliers; ++o) {
-        std::int8_t& byte = xq[screen.outlier_column[o]];
-        sum -= byte;
-        byte = 0;
     }
     const float up = 1 + 1e-6f + 6e-8f * static_cast<float>(d);
     row.scale = scale;
@@ -834,6 +884,7 @@ std::int64_t encode(const EncodeArgs& args) {
         if (screened) find_outliers(screen, top, count);
         parallel_for(used, args.threads, [&](std::int64_t begin, std::int64_t end) {
             std::vector<std::int8_t> unused(screened ? 0 : width);
+            std::vector<float> plain(d);
             std::int64_t slot = 0;
             for (std::int64_t p = begin; p < end; ++p) {
                 const bool real = places.slot[p] >= 0;  // others are copies of any row, which collect nothing
@@ -841,10 +892,17 @@ std::int64_t encode(const EncodeArgs& args) {
                 rows[p].upper = upper + slot * screen.capacity;
                 rows[p].index = index + slot * screen.capacity;
                 sources[p] = args.x + (top + slot / active) * args.x_stride;
-                enter_row(screen, sources[p], screened ? xq + p * width : unused.data(), rows[p]);
+                enter_row(screen, sources[p], plain.data(), screened ? xq + p * width : unused.data(), rows[p]);
                 if (!real) give_up(rows[p]);
             }
         });
+        if (!(largest_bias < kLargest))
+            for (std::int64_t p = 0; p < used; ++p) give_up(rows[p]);
+        const bool by_expert = experts && !merged;
+        const auto rescore = [&](const Meeting& of) {
+            rescored += Rescoring{screen, rows + of.begin, sources + of.begin, places.slot.data() + of.begin,
+                                  top * active, of.end - of.begin, screen.capacity, of.low, of.high, 1}.run();
+        };
         for (std::int64_t first = 0; first < latents; first += block_latents) {
             const std::int64_t last = std::min(latents, first + block_latents);
             if (screened && !args.quantized) {
@@ -861,11 +919,12 @@ std::int64_t encode(const EncodeArgs& args) {
                         screen_rows(screen, rows, xq, of, first, last, scratch.data());
                     else if (first == 0)
                         score_rows(screen, rows, sources, of, m == 0 || places.meetings[m - 1].low != of.low);
+                    // An expert's weights are read again while they are in the cache; and while one thread waits for
+                    // memory here, another may be multiplying.
+                    if (by_expert && screened && block_latents == latents) rescore(of);
                 }
             });
         }
-        if (!(largest_bias < kLargest))
-            for (std::int64_t p = 0; p < used; ++p) give_up(rows[p]);
         if (!screened) rescored += slots * share;
         if (merged) {
             for (std::int64_t p = 0; p < used; ++p)
@@ -883,13 +942,9 @@ std::int64_t encode(const EncodeArgs& args) {
         } else if (!experts) {
             rescored += Rescoring{screen, rows, sources, places.slot.data(), top, used, screen.capacity, 0, n,
                                   args.threads}.run();
-        } else {  // expert by expert: its weights are in the cache when they are read again
+        } else if (!screened || block_latents < latents) {
             parallel_for(meetings, args.threads, meetings, [&](std::int64_t begin, std::int64_t end) {
-                for (std::int64_t m = begin; m < end; ++m) {
-                    const Meeting& of = places.meetings[m];
-                    rescored += Rescoring{screen, rows + of.begin, sources + of.begin, places.slot.data() + of.begin,
-                                          top * active, of.end - of.begin, screen.capacity, of.low, of.high, 1}.run();
-                }
+                for (std::int64_t m = begin; m < end; ++m) rescore(places.meetings[m]);
             });
         }
     }
