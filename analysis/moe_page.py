@@ -204,7 +204,7 @@ above it are listed."""
         shared = _reading(
             results["overlap"],
             "experts share more directions than a random deal of the same latents would make them share",
-            "experts have divided directions among themselves",
+            "experts share fewer directions than a random deal of the same latents would make them share",
         )
         return f"""## Directions and latents
 
