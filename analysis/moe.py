@@ -49,7 +49,7 @@ def train_arms(
         )
 
     def fixed(rows: Tensor | None) -> sk.SwitchSAE:
-        sae = switch(balance="none", dead_expert_after=_NEVER)
+        sae = switch(balance="none", dead_expert_after=_NEVER, router_start="random")  # the rows stay what they are
         if rows is not None:
             sae.W_router.data.copy_(rows)
         sae.W_router.requires_grad_(False)
@@ -65,8 +65,7 @@ def train_arms(
         other = "none" if options.balance != "none" else "loss"
         name = "switch, no balancing" if other == "none" else "switch, balanced by a loss"
         makers[name] = lambda: switch(balance=other)
-        gate = "softmax" if options.gate == "sigmoid" else "sigmoid"
-        makers[f"switch, {gate} gate"] = lambda: switch(balance=options.balance, gate=gate)
+        makers["switch, random start"] = lambda: switch(balance=options.balance, router_start="random")
         makers["fixed random router"] = lambda: fixed(None)
         makers["fixed k-means router"] = lambda: fixed(_kmeans_rows(store, options))
         makers[f"plain TopK, {small:,} latents"] = lambda: plain_topk(small)
@@ -128,19 +127,26 @@ class ToyRun(NamedTuple):
 
 
 def train_on_toy(
-    seed: int, *, at_axes: bool = False, steps: int = 1500, n_null: int = 20, n_costly: int = 5, **options: Any
+    seed: int, *, start: str = "kmeans", steps: int = 1500, n_null: int = 20, n_costly: int = 5, **options: Any
 ) -> ToyRun:
     """Train a SwitchSAE of 4 experts × 16 latents on 4 clusters × 16 features, and measure it on 4,096 fresh tokens.
 
-    The features, the weights and the tokens all follow from `seed`. With `at_axes` the router starts at the clusters'
-    axes, where it makes no mistake, instead of at random. `options` are those of the SwitchSAE.
+    The features, the weights and the tokens all follow from `seed`. `start` is where the router starts: "kmeans" or
+    "random", which are the SwitchSAE's own, or "axes": at the clusters' axes, where it makes no mistake. `options` are
+    the others of the SwitchSAE.
     """
     generator = torch.Generator().manual_seed(seed)
     toy = SubspaceClusters(generator=generator)
     sae = sk.SwitchSAE(
-        toy.d, len(toy.features), sk.TopK(toy.active), n_experts=toy.clusters, generator=generator, **options
+        toy.d,
+        len(toy.features),
+        sk.TopK(toy.active),
+        n_experts=toy.clusters,
+        router_start="random" if start == "axes" else start,
+        generator=generator,
+        **options,
     )
-    if at_axes:
+    if start == "axes":
         sae.W_router.data.copy_(toy.axes)
     trainer = sk.Trainer(sae, lr=1e-3, steps=steps)
     for _ in range(steps):
@@ -248,12 +254,13 @@ def _compare(
 
 
 def _toys(options: MoeOptions, progress: bool) -> dict[str, list[ToyRun]]:
-    """The toy for some seeds: with balancing, without, and started where the answer is."""
+    """The toy for some seeds: with balancing, without, and from other starts of the router."""
     steps = 100 if options.quick else 1500
     kinds: dict[str, dict[str, Any]] = {
         "balanced by a loss": {"balance": "loss", "gate": options.gate},
         "no balancing": {"balance": "none", "gate": options.gate},
-        "balanced, started at the axes": {"balance": "loss", "gate": options.gate, "at_axes": True},
+        "balanced, random start": {"balance": "loss", "gate": options.gate, "start": "random"},
+        "balanced, started at the axes": {"balance": "loss", "gate": options.gate, "start": "axes"},
     }
     toys: dict[str, list[ToyRun]] = {name: [] for name in kinds}
     with Progress("toy", len(kinds) * options.toy_seeds, unit="trainings", shown=progress) as bar:
@@ -281,7 +288,7 @@ def _toy_rows(toys: dict[str, list[ToyRun]], first_seed: int) -> list[list[str]]
 
 def _plot_toys(toys: dict[str, list[ToyRun]]) -> Any:
     """Agreement with the clusters: a dot for each training, beside the nulls and k-means of all of them."""
-    axes = new_axes(7.5, 2.6)
+    axes = new_axes(7.5, 3)
     found = {name: [run.geometry.results["ami_cluster"] for run in runs] for name, runs in toys.items()}
     groups = {name: (samples(result.value for result in results), "C0") for name, results in found.items()}
     every = [result for results in found.values() for result in results]

@@ -17,6 +17,7 @@ from sparsekern.training import versions
 
 _LISTED = 8  # tokens of each expert
 _EXAMPLES = 2  # contexts of each expert
+_STARTS = {"kmeans": "at clusters of the first batch", "random": "at random"}
 
 
 def _piece(store: ActivationStore, token: int) -> str:
@@ -74,7 +75,7 @@ convenient?
 
 - Activations: {activations}; {self.store.tokens:,} tokens of width {self.store.d}.
 - Module: SwitchSAE, {how}; k = {getattr(sae.activation, "k", "–")} active latents a token,
-  {sae.gate} gate, balance = `{sae.balance}`.
+  {sae.gate} gate, balance = `{sae.balance}`; the router started {_STARTS[sae.router_start]}.
 - Measured on {len(self.held_out.x):,} tokens of held-out contexts, of which nothing was trained.
 
 Every number stands beside the same number for something that cannot know the answer (a **null**: labels or
@@ -109,8 +110,11 @@ null's samples that are as extreme, the number itself counted in: with n samples
 {chr(10).join(lines)}
 
 FVU is the fraction of variance unexplained on the held-out tokens, lower is better; *silent* latents are
-active on none of them. The fixed routers were not trained: the difference to the trained
-one is what learning to route is worth. A token costs the encoder as much in every routed row as in *{small}*, and
+active on none of them. The router of *switch* starts at clusters of the first batch (spherical k-means) and is
+then trained. What that start is worth is the difference to *switch, random start*; what training the router
+adds to clusters is the difference to *fixed k-means router*. The fixed routers were not trained.
+
+A token costs the encoder as much in every routed row as in *{small}*, and
 {self.sae.n_experts / self.sae.n_active:g} times that in *{large}*, which has as many latents as the experts
 together. What is known from larger models: worse than plain TopK at equal width, better at equal cost (Mudide
 et al. 2024)."""
@@ -200,7 +204,7 @@ above it are listed."""
         shared = _reading(
             results["overlap"],
             "experts share more directions than a random deal of the same latents would make them share",
-            "experts have divided directions among themselves",
+            "experts share fewer directions than a random deal of the same latents would make them share",
         )
         return f"""## Directions and latents
 
@@ -246,8 +250,9 @@ most over-represented tokens. {_sentence(self.geometry.results["similarity"])}
 
 The same measures on made data: four clusters of features in orthogonal subspaces, a token has features of one
 cluster only. Four experts of sixteen latents could take a cluster each and lose nothing, and a linear router
-that does so exists. An agreement of 1 means that training found it. Started there, training should stay there;
-the difference between the two is what training a router does not find by itself.
+that does so exists. An agreement of 1 means that the router has found it. By default the router starts at
+clusters of the first batch; from a *random start* it must find them by training alone. *Started at the axes* it
+makes no mistake at first, and training should leave it there.
 
 {chr(10).join(rows)}"""
 

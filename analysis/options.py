@@ -12,7 +12,7 @@ class MoeOptions(Options):
     """Options of ``sparsekern study moe``."""
 
     sae: str | None = option(None, "a trained SwitchSAE to study, folder or Hub id; by default one is trained")
-    controls: bool = option(True, "train the controls too: other routers, no balancing, plain TopK")
+    controls: bool = option(True, "train the controls too: no balancing, a random start, fixed routers, plain TopK")
     toy: bool = option(True, "repeat the study on made data whose clusters are known")
     latents: int | None = option(None, "of all experts together; by default 16 times the width", at_least=2)
     experts: int = option(16, "experts; must divide the latents", at_least=2)
@@ -27,7 +27,7 @@ class MoeOptions(Options):
     tokens: int = option(32768, "held-out tokens measured, at most", unit="tokens", at_least=2)
     n_null: int = option(20, "random routers, and permutations", at_least=1)
     n_costly: int = option(20, "random dictionaries, and permutations for spans and tree", at_least=1)
-    toy_seeds: int = option(3, "trainings on made data, with and without balancing", at_least=1)
+    toy_seeds: int = option(3, "trainings of each kind on made data", at_least=1)
     seed: int = option(0, "seed of weights, split and nulls; with a trained SAE, the one of its training", at_least=0)
     device: str | None = option(None, "where to train; by default a GPU if there is one")
     quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")

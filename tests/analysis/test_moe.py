@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.analysis.moe import study
+from sparsekern.analysis.moe import _kmeans_rows, study
 from sparsekern.analysis.options import MoeOptions
 from sparsekern.analysis.tokens import HeldOut, over_represented
 from sparsekern.data import ActivationStore, StoreWriter
@@ -85,9 +85,15 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(store, tmp_path):
     assert "{" not in page
     assert "nan" not in page.lower().split()
     assert page.count("- expert 0: ") == 2
+    assert "the router started at clusters of the first batch" in page
     assert "`word" in page
     record = json.loads(written[-1].read_text(), parse_constant=pytest.fail)
     assert len(record["arms"]) == 7
+    starts = {
+        name: sk.SwitchSAE.from_pretrained(tmp_path / "out" / "runs" / name / "sae").router_start
+        for name in ("switch", "switch-random-start", "switch-no-balancing")
+    }
+    assert starts == {"switch": "kmeans", "switch-random-start": "random", "switch-no-balancing": "kmeans"}
     assert record["geometry"]["tokens"] == 120
     assert sum(record["geometry"]["loads"]) == 120
     assert {entry["kind"] for entry in record["geometry"]["results"]} == {"null", "control"}
@@ -95,6 +101,9 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(store, tmp_path):
     fresh = sk.SwitchSAE(16, 128, sk.TopK(4), n_experts=4, generator=torch.Generator().manual_seed(0))
     cosine = torch.nn.functional.cosine_similarity(random.W_router, fresh.W_router)
     torch.testing.assert_close(cosine, torch.ones(4))  # a fixed router is scaled at the start and never turned
+    fixed = sk.SwitchSAE.from_pretrained(tmp_path / "out" / "runs" / "fixed-k-means-router" / "sae")
+    rows = _kmeans_rows(store, MoeOptions(quick=True, device="cpu").resolved(16))
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(fixed.W_router, rows), torch.ones(4))
 
 
 def test_a_trained_module_is_studied_as_it_is(store, tmp_path):
