@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekern.bench.roofs import UNITS
-from sparsekern.bench.table import heading
+from sparsekern.bench.table import heading, is_own
 
 
 def check_installed() -> None:
@@ -31,7 +31,7 @@ def plot_steps(record: dict[str, Any], path: Path) -> bool:
         ratios = [case["steps"][name]["ratio"] for name in names]
         middle = [ratio["median"] for ratio in ratios]
         reach = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-        colors = ["C0" if name.startswith("sparsekern") else "0.7" for name in names]
+        colors = ["C0" if is_own(name) else "0.7" for name in names]
         axes.barh(names, middle, xerr=reach, color=colors, ecolor="0.3", height=0.7)
         for number, value in enumerate(middle):
             end = (ratios[number]["high"], number)
