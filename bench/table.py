@@ -150,12 +150,14 @@ def exactness(record: Record) -> Grid:
     return Grid("exactness of topk_encode", ["", *map(heading, cases)], rows if cases else [])
 
 
+def is_own(name: str) -> bool:
+    """Whether a contender is sparsekern's."""
+    return name.startswith(("sparsekern", "switch-")) and not name.endswith("-masked")
+
+
 def wins(name: str, measured: Any) -> bool:
-    """Whether this is another library, and its step the faster one."""
-    return (
-        not name.startswith(("sparsekern", "switch-"))
-        and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
-    )
+    """Whether this is another implementation, and its step the faster one."""
+    return not is_own(name) and measured.get("over_sparsekern", {"median": 1.0})["median"] < 1
 
 
 def by_case(record: Record, part: str, title: str, cell: Callable[[str, Any], str]) -> Grid:
