@@ -234,7 +234,7 @@ class SwitchSAE(SAE):
         the tokens of that expert that are most like its latents.
         """
         dead = self.tokens_since_routed >= self.dead_expert_after
-        if dead.device.type == "cpu" and not dead.any():
+        if self.device.type == "cpu" and not dead.any():
             return
         # Elsewhere nobody waits to see whether there is one: then the first expert's row is written over itself.
         which = dead.int().argmax().view(1)

@@ -55,6 +55,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         return f"serves cuda tensors, not {device.type}"
     if op not in _MODULES:
         return f"has no {op} kernel"
+    if op == "group_slots":
+        dtype = torch.float32  # its whole numbers have no check of their own
     if dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {dtype}"
     if importlib.util.find_spec("triton") is None:

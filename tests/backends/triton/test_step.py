@@ -10,7 +10,7 @@ if not os.environ.get("CI"):
 
 import sparsekern as sk
 from sparsekern.backends import triton
-from sparsekern.ops import _encoder, _sparse_decode
+from sparsekern.ops import _encoder, _route, _routed_topk_encode, _sparse_decode
 
 pytestmark = pytest.mark.usefixtures("triton_device", "poisoned_memory")
 
@@ -23,6 +23,8 @@ def like_a_gpu(monkeypatch):
     """Leaves out the checks of values that are made on the CPU alone."""
     monkeypatch.setattr(_encoder, "check_finite", lambda name, tensor: None)
     monkeypatch.setattr(_sparse_decode, "check_indices", lambda indices, d_sae: None)
+    monkeypatch.setattr(_route, "check_indices", lambda indices, d_sae, name: None)
+    monkeypatch.setattr(_routed_topk_encode, "_check_slots", lambda experts, order, offsets: None)
 
 
 def make(device, dead=5, aux_k=4):
@@ -30,6 +32,27 @@ def make(device, dead=5, aux_k=4):
     sae = sk.SAE(D, N, sk.TopK(K), dead_after=DEAD_AFTER, aux_k=aux_k, generator=generator, device=device)
     sae.tokens_since_fired[:dead] = DEAD_AFTER
     return sae.train()
+
+
+def make_switch(device):
+    generator = torch.Generator().manual_seed(1)
+    sae = sk.SwitchSAE(
+        D,
+        N,
+        sk.TopK(K),
+        n_experts=4,
+        n_active=2,
+        balance="bias",
+        dead_after=DEAD_AFTER,
+        generator=generator,
+        device=device,
+    )
+    return sae.train()
+
+
+def make_hierarchy(device):
+    levels = [(4, K), (3, 1)]
+    return sk.HierarchicalSAE(D, levels, generator=torch.Generator().manual_seed(1), device=device).train()
 
 
 def trained(device, batches, **options):
@@ -110,6 +133,16 @@ def test_room_for_dead_latents_changes_nothing(triton_device, monkeypatch, backe
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("make_routed", [make_switch, make_hierarchy])
+def test_a_routed_step_does_not_wait_for_the_device(triton_device, monkeypatch, like_a_gpu, no_waiting, make_routed):
+    trainer = sk.Trainer(make_routed(triton_device), clip_norm=0.1)
+    x = torch.randn(ROWS, D, device=triton_device)
+    monkeypatch.setattr(sk.SAE, "device", property(lambda sae: torch.device("cuda")))
+    with no_waiting():
+        for _ in range(2):
+            trainer.device_step(x, None, N, 1e-2)
+
+
 def test_a_step_does_not_wait_for_the_device(triton_device, monkeypatch, like_a_gpu, no_waiting):
     monkeypatch.setattr(triton, "screens", lambda n, d: True)
     trainer = sk.Trainer(make(triton_device), clip_norm=0.1)
@@ -122,9 +155,10 @@ def test_a_step_does_not_wait_for_the_device(triton_device, monkeypatch, like_a_
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_batch_that_is_not_finite_changes_nothing(triton_device, monkeypatch, like_a_gpu, backend):
+@pytest.mark.parametrize("kind", [make, make_switch, make_hierarchy])
+def test_a_batch_that_is_not_finite_changes_nothing(triton_device, monkeypatch, like_a_gpu, backend, kind):
     monkeypatch.setenv("SPARSEKERN_BACKEND", backend)
-    trainer = sk.Trainer(make(triton_device), lr=1e-2, warmup_steps=0, fit_start=False)
+    trainer = sk.Trainer(kind(triton_device), lr=1e-2, warmup_steps=0, fit_start=False)
     x = torch.randn(ROWS, D, device=triton_device)
     assert trainer.step(x).to_floats()["skipped"] == 0
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
