@@ -155,6 +155,20 @@ def test_a_run_is_kept_resumed_and_overwritten(cli, store):
     assert cli(*arguments, "--overwrite").exit_code == 0
 
 
+def test_a_mixture_of_experts_trains_resumes_and_is_evaluated(cli, store, tmp_path):
+    mixture = ["--experts", "4", "--active-experts", "2", "--balance", "bias"]
+    trained = cli("train", store, "--output", "run", *TRAIN, *mixture)
+    assert trained.exit_code == 0, trained.output
+    assert "in 4 experts" in plain(trained)
+    assert cli("train", store, "--output", "run", "--no-report", *TRAIN, *mixture, "--resume").exit_code == 0
+    sae = sk.SAE.from_pretrained(tmp_path / "run" / "sae")
+    assert (sae.n_experts, sae.n_active, sae.balance) == (4, 2, "bias")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["expert_load_min"] <= 1 <= row["expert_load_max"] for row in rows)
+    assert cli("eval", "run/sae", store).exit_code == 0
+    assert "n_experts must divide" in plain(cli("train", store, "--output", "other", *TRAIN, "--experts", "7"))
+
+
 def test_a_corrupted_shard_is_found_before_training(cli, store, tmp_path):
     (shard,) = store.glob("*.safetensors")
     content = bytearray(shard.read_bytes())
