@@ -170,8 +170,11 @@ CASES: dict[str, Shape] = {
 }
 """The shapes whose launches are compiled: those of the GPU benchmark, an odd small one, and one of AuxK."""
 
-ROUTINGS = ((8, 1), (8, 2), (32, 2), (64, 2), (128, 2), (200, 1), (512, 2))
+ROUTINGS = ((8, 1), (32, 2), (128, 2), (200, 1), (512, 2))
 """Experts, and how many of them a token has, that routers and routed encoders are compiled for."""
+
+ROUTED = ("F", "A", "small")
+"""The cases that these are compiled at."""
 
 
 def launches(shape: Shape, arch: int) -> list[Any]:
@@ -256,7 +259,8 @@ def jobs(cases: Sequence[str]) -> list[tuple[Kernel, int]]:
     found: dict[tuple[Kernel, int], None] = {}
     for arch in ARCHS:
         for case in cases:
-            routed = (one for routing in ROUTINGS for one in routed_launches(CASES[case], routing, arch))
+            routings = ROUTINGS if case in ROUTED else ()
+            routed = (one for routing in routings for one in routed_launches(CASES[case], routing, arch))
             for launch in (*launches(CASES[case], arch), *routed):
                 kernel = describe(launch)
                 # sm_89 is compiled for what it has and sm_80 has not.
