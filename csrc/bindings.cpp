@@ -81,14 +81,15 @@ Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
 // count, active, order, offsets, apart, screened: see Experts; a count of 0 for none.
 using Routed = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, bool, bool>;
 
-// start, order, values, k, vectors, stride: see OuterProducts.
-using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+// start, order, values, k, vectors, stride, row: see OuterProducts.
+using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t,
+                        std::uintptr_t>;
 
 std::vector<OuterProducts> outer_products(const std::vector<Part>& parts) {
     std::vector<OuterProducts> found;
-    for (const auto& [start, order, values, k, vectors, stride] : parts)
+    for (const auto& [start, order, values, k, vectors, stride, row] : parts)
         found.push_back({{at<std::int32_t>(start), at<std::int32_t>(order)}, at<const float>(values), k,
-                         at<const float>(vectors), stride});
+                         at<const float>(vectors), stride, at<const std::int32_t>(row)});
     return found;
 }
 

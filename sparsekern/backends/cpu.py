@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import reference
+from sparsekern.codes import entry_rows
 from sparsekern.factors import OuterProducts
 
 _native: Any
@@ -408,7 +409,7 @@ class SortedFactors:
         self._outer_products = parts
         self._alive: list[Tensor] = []
         self._d_sae = d_sae
-        self.parts: list[tuple[int, int, int, int, int, int]] = []
+        self.parts: list[tuple[int, int, int, int, int, int, int]] = []
         sorted_before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for part in parts:
             values, indices, vectors = part.values.contiguous(), part.indices.contiguous(), _rows(part.vectors)
@@ -417,22 +418,27 @@ class SortedFactors:
                 sorted_before[key] = _sort_slots(indices, d_sae)
             start, order = sorted_before[key]
             self._alive += [values, indices, vectors, start, order]
+            rows = None if part.crow is None else entry_rows(part.crow, indices).int()
+            if rows is not None:
+                self._alive.append(rows)
             self.parts.append(
                 (
                     start.data_ptr(),
                     order.data_ptr(),
                     values.data_ptr(),
-                    values.shape[1],
+                    values.shape[1] if rows is None else 0,
                     vectors.data_ptr(),
                     vectors.stride(0),
+                    0 if rows is None else rows.data_ptr(),
                 )
             )
 
     def square_bound(self) -> Tensor:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         lengths = torch.zeros(self._d_sae)
-        for values, indices, vectors, _ in self._outer_products:
-            slots = values.abs() * vectors.norm(dim=1, keepdim=True)
+        for values, indices, vectors, crow in self._outer_products:
+            norms = vectors.norm(dim=1)
+            slots = values.abs() * (norms[:, None] if crow is None else norms[entry_rows(crow, indices)])
             lengths.index_add_(0, indices.flatten(), slots.flatten())
         return 1.001 * lengths.square().sum(dtype=torch.float64)
 
