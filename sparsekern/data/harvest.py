@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import math
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsekern.data.store import ActivationStore, StoreWriter, file_sha256
 from sparsekern.data.texts import stdlib_docstrings
+from sparsekern.hooks import first_tensor, named_module
 
 __all__ = ["EMBEDDED_MODEL", "harvest", "import_activations"]
 
@@ -220,12 +220,8 @@ class _Runner:
         if not shortest <= context_length <= longest:
             raise ValueError(f"context_length must be in {shortest} … {longest} for {name}, not {context_length}")
 
-        modules = dict(model.named_modules())
         self.hook = _middle_block(model) if hook is None else hook
-        if not self.hook or self.hook not in modules:
-            near = difflib.get_close_matches(self.hook, modules, n=5, cutoff=0.3)
-            raise ValueError(f"hook {self.hook!r} is not a module of {name}; the nearest names: {', '.join(near)}")
-        modules[self.hook].register_forward_hook(_leave)
+        named_module(model, self.hook, "hook").register_forward_hook(_leave)
         self.d = self._outputs([[0]]).shape[-1]
 
     def vocab(self) -> list[str]:
@@ -263,14 +259,12 @@ class _Runner:
         try:
             self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         except _Reached as reached:
-            output = reached.args[0]
+            output, _ = first_tensor(reached.args[0], self.hook)
         else:
             raise ValueError(f"hook {self.hook!r} does not run in a forward pass: give another")
-        if isinstance(output, tuple | list):
-            output = output[0]
-        if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[:2] != ids.shape:
-            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"hook {self.hook!r} gives {shape} for input {list(ids.shape)}, not [batch, positions, d]")
+        if output.ndim != 3 or output.shape[:2] != ids.shape:
+            shapes = f"{list(output.shape)} for input {list(ids.shape)}"
+            raise ValueError(f"hook {self.hook!r} gives {shapes}, not [batch, positions, d]")
         return output
 
 
