@@ -158,7 +158,7 @@ class SAE(nn.Module):
         return sparse_decode(codes, self.W_dec, self.b_dec)
 
     def reconstruct(self, x: Tensor, codes: SparseCodes) -> Tensor:
-        """What the module gives for `x` with these `codes`: :meth:`decode`, and what goes past the codes if anything."""
+        """What the module gives for `x` with these `codes`: :meth:`decode`, and what of `x` goes past the codes."""
         return self.decode(codes)
 
     def forward(self, x: Tensor) -> Tensor:
