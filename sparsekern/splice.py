@@ -121,14 +121,14 @@ def splice(
         if edited is codes:  # a node of its own in the graph, or its gradient would hold that of the error term
             edited = codes._replace(values=codes.values.view_as(codes.values))
         spliced.codes, spliced.edited = codes, edited
-        recon = sae.reconstruct(x, edited)
+        recon = sae.reconstruct(edited, x)
         if recon.numel() != output.numel():
             raise ValueError(
                 f"module {module!r} gives {output.shape[-1]} columns, the SAE {recon.shape[-1]}: "
                 f"shapes {tuple(output.shape)} and {tuple(recon.shape)}"
             )
         if error:  # the difference first: it is exactly zero where nothing was edited
-            recon = output + (recon - sae.reconstruct(x, codes)).reshape(output.shape)
+            recon = output + (recon - sae.reconstruct(codes, x)).reshape(output.shape)
         recon = recon.reshape(output.shape).to(output.dtype)
         return recon if spliced.where is None else torch.where(_mask(spliced.where, output), recon, output)
 

@@ -144,10 +144,10 @@ def test_eval_in_the_model(cli, causal_model, store, tmp_path):
     for arguments, message in [
         (["--model", causal_model], "was not harvested from"),
         (["--model", causal_model, *texts, "--hook", "h.7"], "hook 'h.7' is not a module of GPT2LMHeadModel"),
-        (["--model", causal_model, *texts, "--context-length", "33"], "context_length must be in 1 … 32"),
+        (["--model", causal_model, *texts, "--context-length", 33], "context_length must be in 1 … 32"),
         (["--model", EMBEDDED_MODEL, *texts], "gives no logits: it has no weights for the head of a language model"),
     ]:
-        refused = cli("eval", "sae", store, *arguments)
+        refused = cli("eval", "sae", store, "--context-length", 32, *arguments)
         assert refused.exit_code == 2, refused.output
         assert message in plain(refused)
 

@@ -157,13 +157,13 @@ class SAE(nn.Module):
         """Reconstruction ``[..., d_in]`` from codes."""
         return sparse_decode(codes, self.W_dec, self.b_dec)
 
-    def reconstruct(self, x: Tensor, codes: SparseCodes) -> Tensor:
-        """What the module gives for `x` with these `codes`: :meth:`decode`, and what of `x` goes past the codes."""
+    def reconstruct(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        """What the module makes of activations `x` ``[..., d_in]`` with these codes of theirs, changed or not."""
         return self.decode(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of `x` ``[..., d_in]``, in the shape and dtype of `x`."""
-        return self.reconstruct(x, self.encode(x)).to(x.dtype)
+        return self.reconstruct(self.encode(x), x).to(x.dtype)
 
     def loss(self, x: Tensor, target: Tensor | None = None) -> LossOutput:
         """Loss of a batch: FVU of the reconstruction plus the AuxK term.

@@ -106,7 +106,7 @@ def evaluate(sae: SAE, batches: Iterable[Batch], compared: int = 2048) -> Evalua
         codes = sae.encode(x)
         l0 = codes.l0()
         # In float64; all that belongs to a token in a row.
-        recon = sae.reconstruct(x, codes).double().reshape(l0.numel(), -1)
+        recon = sae.reconstruct(codes, x).double().reshape(l0.numel(), -1)
         y = target.to(device).double().reshape(l0.numel(), -1)
         if y.shape != recon.shape:
             raise ValueError(f"targets must have {recon.shape[1]} columns (d_out of the SAE), got {y.shape[1]}")
