@@ -14,12 +14,13 @@ class SparseCodes(NamedTuple):
     """The k kept latents of every token.
 
     Rows are ordered by falling pre-activation, ties by rising latent index. A slot whose pre-activation was not
-    positive holds the value 0 and carries no gradient.
+    positive holds the value 0 and carries no gradient. Of :func:`~sparsekern.topk_encode` with ``absolute``, values
+    have signs and rows are ordered by size.
 
     Attributes
     ----------
     values : Tensor [..., k]
-        Latent activations, never negative.
+        Latent activations.
     indices : Tensor [..., k], int32
         Latent indices in ``[0, d_sae)``, without repeats inside a row.
     d_sae : int
@@ -35,6 +36,11 @@ class SparseCodes(NamedTuple):
         """Slots a token."""
         return self.values.shape[-1]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens these are the codes of."""
+        return self.values.numel() // self.k
+
     def to_dense(self) -> Tensor:
         """The codes as a dense ``[..., d_sae]`` tensor. It is as large as it sounds: meant for small checks."""
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
@@ -42,11 +48,11 @@ class SparseCodes(NamedTuple):
 
     def l0(self) -> Tensor:
         """Active latents of each token, ``[...]`` int64."""
-        return (self.values > 0).sum(-1)
+        return (self.values != 0).sum(-1)
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""
-        return _counts(self.indices, self.values > 0, self.d_sae)
+        return _counts(self.indices, self.values != 0, self.d_sae)
 
     def values_of(self, latents: Sequence[int]) -> Tensor:
         """Values of the named latents on each token, 0 where they are not among its codes: ``[..., len(latents)]``."""
@@ -84,7 +90,7 @@ class CSRCodes(NamedTuple):
     col : Tensor [nnz], int32
         Latent indices in ``[0, d_sae)``, without repeats inside a row.
     values : Tensor [nnz]
-        Latent activations, never negative.
+        Latent activations.
     d_sae : int
         Number of latents in the dictionary.
     """
@@ -94,18 +100,27 @@ class CSRCodes(NamedTuple):
     values: Tensor
     d_sae: int
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens these are the codes of."""
+        return self.crow.shape[0] - 1
+
     def to_dense(self) -> Tensor:
         """The codes as a dense ``[B, d_sae]`` tensor. It is as large as it sounds: meant for small checks."""
-        dense = self.values.new_zeros(self.crow.shape[0] - 1, self.d_sae)
-        return dense.index_put((entry_rows(self.crow, self.col), self.col.long()), self.values, accumulate=True)
+        dense = self.values.new_zeros(self.tokens, self.d_sae)
+        return dense.index_put((self.rows(), self.col.long()), self.values, accumulate=True)
 
     def l0(self) -> Tensor:
         """Active latents of each token, ``[B]`` int64."""
-        return _counts(entry_rows(self.crow, self.col), self.values > 0, self.crow.shape[0] - 1)
+        return _counts(self.rows(), self.values != 0, self.tokens)
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""
-        return _counts(self.col, self.values > 0, self.d_sae)
+        return _counts(self.col, self.values != 0, self.d_sae)
+
+    def rows(self) -> Tensor:
+        """The token of each entry, ``[nnz]`` int64."""
+        return entry_rows(self.crow, self.col)
 
     def values_of(self, latents: Sequence[int]) -> Tensor:
         """Values of the named latents on each token, 0 where they are not among its codes: ``[B, len(latents)]``."""

@@ -16,11 +16,16 @@ from torch import Tensor
 
 
 class OuterProducts(NamedTuple):
-    """``dW[i] = Σ values[b, j] · vectors[b]`` over the slots with ``indices[b, j] == i``."""
+    """``dW[i] = Σ values[b, j] · vectors[b]`` over the slots with ``indices[b, j] == i``.
+
+    Or, where there is a `crow` ``[B + 1]``, over the entries with ``indices[e] == i`` in CSR form: values and indices
+    ``[nnz]``, of which those of vector b are ``crow[b]:crow[b + 1]``.
+    """
 
     values: Tensor
     indices: Tensor
     vectors: Tensor
+    crow: Tensor | None = None
 
 
 def identity(tensor: Tensor) -> tuple[int, int]:
@@ -46,12 +51,12 @@ def kept_as_factors(weights: Iterable[Tensor]) -> Iterator[dict[tuple[int, int],
         _kept.clear()
 
 
-def keep(weight: Tensor, values: Tensor, indices: Tensor, vectors: Tensor) -> bool:
+def keep(weight: Tensor, product: OuterProducts) -> bool:
     """Keep the factors of ``dW`` if somebody collects them for this weight; whether that was so."""
     if not _kept or torch.is_grad_enabled():  # nobody does, or the gradient is to be differentiated itself
         return False
     parts = _kept.get(identity(weight))
     if parts is None:
         return False
-    parts.append(OuterProducts(values, indices, vectors))
+    parts.append(product)
     return True

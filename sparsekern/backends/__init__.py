@@ -2,7 +2,7 @@
 
 A backend is a module with the functions below, all with the same arguments and the same answers:
 
-``topk_encode(x, weight, bias, k, screen)``
+``topk_encode(x, weight, bias, k, screen, absolute=False)``
     -> values ``[B, k]``, indices ``[B, k]`` int32
 ``sparse_decode(values, indices, weight, bias)``
     -> ``[B, d]``
@@ -12,7 +12,8 @@ A backend is a module with the functions below, all with the same arguments and 
     -> ``[d_sae, d]``
 ``batch_topk_encode(x, weight, bias, k, screen)``
     -> crow ``[B + 1]`` int64, col ``[k·B]`` int32, values ``[k·B]``
-``threshold_encode(x, weight, bias, threshold, screen)``, with a threshold 0-dim or ``[d_sae]``, float32 or float64
+``threshold_encode(x, weight, bias, threshold, screen)``, with a threshold 0-dim or ``[d_sae]``,
+float32 or float64, of any sign
     -> crow ``[B + 1]`` int64, col ``[nnz]`` int32, values ``[nnz]``
 ``csr_decode(values, crow, col, weight, bias)``
     -> ``[B, d]``

@@ -155,8 +155,12 @@ def screens(n: int, d: int) -> bool:
     return isa() not in (None, "generic") and n >= 1024 and 32 <= d <= _WIDEST
 
 
-def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`."""
+    if absolute:
+        return reference.topk_encode(x, weight, bias, k, "none", absolute)
     rows, (n, d) = x.shape[0], weight.shape
     copy = _current_copy(weight)
     # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
@@ -395,7 +399,7 @@ class SortedFactors:
     def square_bound(self) -> Tensor:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         lengths = torch.zeros(self._d_sae)
-        for values, indices, vectors in self._outer_products:
+        for values, indices, vectors, _ in self._outer_products:
             slots = values.abs() * vectors.norm(dim=1, keepdim=True)
             lengths.index_add_(0, indices.flatten(), slots.flatten())
         return 1.001 * lengths.square().sum(dtype=torch.float64)

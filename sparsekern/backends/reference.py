@@ -63,18 +63,20 @@ def _blocks(
         yield block, panels(x[block].to(work))
 
 
-def topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str) -> tuple[Tensor, Tensor]:
-    """Top k of ``x @ weight.T + bias`` in each row, then ReLU.
+def topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Top k of ``x @ weight.T + bias`` in each row, then ReLU; with `absolute` the k of largest size, and no ReLU.
 
     Returns
     -------
-    values [B, k], indices [B, k] int32; falling values, ties by rising index.
+    values [B, k], indices [B, k] int32; falling values or sizes, ties by rising index.
     """
-    values, indices = _topk(x, weight, bias, k)
-    return values.relu_().to(x.dtype), indices
+    values, indices = _topk(x, weight, bias, k, absolute)
+    return (values if absolute else values.relu_()).to(x.dtype), indices
 
 
-def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
     """:func:`topk_encode` before the ReLU, in the dtype of comparisons.
 
     Latents are walked in panels with a running top k, so that only one panel of pre-activations exists at a time.
@@ -84,14 +86,13 @@ def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tenso
     for block, panels in _blocks(x, weight, bias, max(NARROWEST_PANEL, 4 * k)):
         best: tuple[Tensor, Tensor] | None = None
         for left, pre in panels:
-            found = _stable_topk(pre, min(k, pre.shape[1]))
-            found = (found[0], found[1] + left)
+            _, here = _stable_topk(pre.abs() if absolute else pre, min(k, pre.shape[1]))
+            found = (pre.gather(1, here), here + left)
             if best is not None:
                 # Older panels hold lower indices and stand first, so a stable sort keeps ties in index order.
                 merged = torch.cat([best[0], found[0]], 1)
-                order = merged.sort(dim=1, descending=True, stable=True)
-                keep = order.indices[:, :k]
-                found = (order.values[:, :k], torch.cat([best[1], found[1]], 1).gather(1, keep))
+                keep = (merged.abs() if absolute else merged).sort(dim=1, descending=True, stable=True).indices[:, :k]
+                found = (merged.gather(1, keep), torch.cat([best[1], found[1]], 1).gather(1, keep))
             best = found
         assert best is not None
         values[block], indices[block] = best

@@ -1,9 +1,7 @@
 """The sparse products of :mod:`sparsekern.ops._sparse_decode` for CSR codes.
 
 ``T(v, W, g) = Σ_e v[e] · ⟨W[col[e]], g[row(e)]⟩`` over the entries e: ``csr_decode = ∂T/∂g``, ``csr_gather_dot =
-∂T/∂v``, ``csr_scatter_outer = ∂T/∂W``. Gradients of weights are dense here. Kept as factors
-(:mod:`sparsekern.factors`), which have one vector for a whole row of slots, they would need one for each entry:
-``nnz × d`` numbers.
+∂T/∂v``, ``csr_scatter_outer = ∂T/∂W``.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import choose
+from sparsekern.factors import OuterProducts, keep
 from sparsekern.ops._checks import check_csr
 
 
@@ -60,6 +59,13 @@ def _(values: Tensor, crow: Tensor, col: Tensor, grad: Tensor, d_sae: int) -> Te
     return grad.new_empty(d_sae, grad.shape[1])
 
 
+def csr_weight_gradient(weight: Tensor, values: Tensor, crow: Tensor, col: Tensor, vectors: Tensor) -> Tensor | None:
+    """Gradient of a weight from its factors; None where they were kept as such (:mod:`sparsekern.factors`)."""
+    if keep(weight, OuterProducts(values, col, vectors, crow)):
+        return None
+    return csr_scatter_outer(values, crow, col, vectors, weight.shape[0])
+
+
 def _save_decode(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:4])
     ctx.has_bias = inputs[4] is not None
@@ -72,7 +78,7 @@ def _decode_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         csr_gather_dot(grad, crow, col, weight) if needs[0] else None,
         None,
         None,
-        csr_scatter_outer(values, crow, col, grad, weight.shape[0]) if needs[3] else None,
+        csr_weight_gradient(weight, values, crow, col, grad) if needs[3] else None,
         grad.sum(0) if ctx.has_bias and needs[4] else None,
     )
 
@@ -88,7 +94,7 @@ def _gather_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
         csr_decode(grad_out, crow, col, weight, None) if needs[0] else None,
         None,
         None,
-        csr_scatter_outer(grad_out, crow, col, grad, weight.shape[0]) if needs[3] else None,
+        csr_weight_gradient(weight, grad_out, crow, col, grad) if needs[3] else None,
     )
 
 

@@ -17,7 +17,7 @@ from sparsekern.ops._checks import (
     check_same_device,
     check_vector,
 )
-from sparsekern.ops._csr_products import csr_decode, csr_scatter_outer
+from sparsekern.ops._csr_products import csr_decode, csr_scatter_outer, csr_weight_gradient
 
 
 def encoder_arguments(
@@ -103,16 +103,12 @@ def csr_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 def csr_backward(ctx, grad_values: Tensor, _crow, _col):  # type: ignore[no-untyped-def]
     """The backward pass of an encoder ``(x, weight, bias, center, …, screen) -> (values, crow, col)``."""
     _, weight, _, values, crow, col = ctx.saved_tensors
-    dz = torch.where(values > 0, grad_values, 0)
-
-    def scatter(vectors: Tensor) -> Tensor:
-        return csr_scatter_outer(dz, crow, col, vectors, weight.shape[0])
-
+    dz = torch.where(values != 0, grad_values, 0)
     gradients = encoder_gradients(
         ctx,
         decode=lambda: csr_decode(dz, crow, col, weight, None),
-        scatter=scatter,
-        weight_gradient=scatter,
+        scatter=lambda vectors: csr_scatter_outer(dz, crow, col, vectors, weight.shape[0]),
+        weight_gradient=lambda vectors: csr_weight_gradient(weight, dz, crow, col, vectors),
     )
     return *gradients, None, None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsekern.backends import choose
 from sparsekern.codes import CSRCodes, SparseCodes
-from sparsekern.factors import keep
+from sparsekern.factors import OuterProducts, keep
 from sparsekern.ops._checks import (
     check_floating,
     check_indices,
@@ -20,7 +20,7 @@ from sparsekern.ops._checks import (
     check_same_device,
     check_vector,
 )
-from sparsekern.ops._csr_products import csr_decode
+from sparsekern.ops._csr_products import csr_decode, csr_scatter_outer
 
 
 def sparse_decode(codes: SparseCodes | CSRCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -126,9 +126,17 @@ def _(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> Tensor:
 
 def weight_gradient(weight: Tensor, values: Tensor, indices: Tensor, vectors: Tensor) -> Tensor | None:
     """Gradient of a weight from its factors; None where they were kept as such (:mod:`sparsekern.factors`)."""
-    if keep(weight, values, indices, vectors):
+    if keep(weight, OuterProducts(values, indices, vectors)):
         return None
     return _scatter_outer(values, indices, vectors, weight.shape[0])
+
+
+def sum_of_outer_products(product: OuterProducts, d_sae: int) -> Tensor:
+    """What the factors stand for, ``[d_sae, d]``."""
+    values, indices, vectors, crow = product
+    if crow is None:
+        return _scatter_outer(values, indices, vectors, d_sae)
+    return csr_scatter_outer(values, crow, indices, vectors, d_sae)
 
 
 # Autograd. Each setup saves the inputs; each backward computes only what is asked for.

@@ -21,6 +21,8 @@ def threshold_encode(
 ) -> CSRCodes:
     """All of ``(x − center) @ W_enc.T + b_enc`` above `threshold`, exactly: JumpReLU, or ReLU with threshold 0.
 
+    A negative threshold lets negative pre-activations in, as what a straight-through estimator has to look at.
+
     Pre-activations are compared with the threshold in float32 (float64 for float64 input), whatever the dtype of
     storage; autocast does not lower that. How many there are depends on the data, so a GPU is waited for.
     Differentiable in `x`, `W_enc`, `b_enc` and `center`. The threshold gets no gradient: the function jumps there, and
@@ -35,7 +37,7 @@ def threshold_encode(
     b_enc : Tensor [d_sae] or None
         Encoder bias.
     threshold : float, or Tensor [] or [d_sae]
-        For all latents or for each. At least 0: values of tensors are checked at once on the CPU.
+        For all latents or for each. No NaN: values of tensors are checked at once on the CPU.
     screen : {"auto", "none", "bf16", "fp16", "tf32", "fp8", "int8"}
         Precision of the pass that proposes candidates, where the backend has one. It changes the speed, never the
         answer; a backend without the named pass raises.
@@ -69,8 +71,8 @@ def threshold_encode(
             )
         cut = threshold.to(work)
     else:
-        if not threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        if threshold != threshold:
+            raise ValueError("threshold must be a number, got nan")
         cut = torch.full((), threshold, dtype=work, device=x.device)
     values, crow, col = _threshold_encode(rows, weight, bias, middle, cut, screen)
     return CSRCodes(crow, col, values, W_enc.shape[0])
@@ -81,10 +83,8 @@ def _threshold_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, threshold: Tensor, screen: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = centred(x, center)
-    if x.device.type == "cpu":
-        wrong = threshold[~(threshold >= 0)]  # also NaN
-        if wrong.numel():
-            raise ValueError(f"threshold must be at least 0, got {float(wrong[0])}; use threshold.clamp(min=0)")
+    if x.device.type == "cpu" and threshold.isnan().any():
+        raise ValueError("threshold must hold numbers, got nan")
     backend = choose("threshold_encode", x, screen)
     with torch.autocast(x.device.type, enabled=False):
         crow, col, values = backend.threshold_encode(x, weight, bias, threshold, screen)

@@ -13,7 +13,14 @@ from sparsekern.ops._sparse_decode import _scatter_outer, _sparse_decode, weight
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, screen: str = "auto", center: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    screen: str = "auto",
+    center: Tensor | None = None,
+    *,
+    absolute: bool = False,
 ) -> SparseCodes:
     """The top k of ``ReLU((x − center) @ W_enc.T + b_enc)`` in every row, exactly.
 
@@ -37,11 +44,14 @@ def topk_encode(
         answer; a backend without the named pass raises.
     center : Tensor [d_in] or None
         Subtracted from `x` first, such as ``b_dec``. Its gradient is cheaper this way than through ``x - center``.
+    absolute : bool
+        Keep the k pre-activations of largest size instead, with their signs and without ReLU (AbsTopK).
 
     Returns
     -------
     SparseCodes
-        Values ``[..., k]`` in the promoted dtype of `x` and `W_enc`, falling; indices ``[..., k]`` int32.
+        Values ``[..., k]`` in the promoted dtype of `x` and `W_enc`, falling (with `absolute` in size); indices
+        ``[..., k]`` int32.
 
     Raises
     ------
@@ -50,28 +60,29 @@ def topk_encode(
 
     References
     ----------
-    Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), section 2.3.
+    Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), section 2.3; Zhu et al., *AbsTopK:
+    rethinking sparse autoencoders for bidirectional features* (arXiv 2510.00404), for `absolute`.
     """
     rows, weight, bias, middle = encoder_arguments(x, W_enc, b_enc, center, screen)
     check_k(k, W_enc.shape[0])
-    values, indices = _topk_encode(rows, weight, bias, middle, k, screen)
+    values, indices = _topk_encode(rows, weight, bias, middle, k, screen, absolute)
     shape = (*x.shape[:-1], k)
     return SparseCodes(values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
 
 
 @torch.library.custom_op("sparsekern::topk_encode", mutates_args=())
 def _topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     x = centred(x, center)
     backend = choose("topk_encode", x, screen)
     with torch.autocast(x.device.type, enabled=False):
-        return backend.topk_encode(x, weight, bias, k, screen)
+        return backend.topk_encode(x, weight, bias, k, screen, absolute=absolute)
 
 
 @_topk_encode.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None, k: int, screen: str, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
@@ -89,10 +100,10 @@ def topk_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def topk_backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
     """The backward pass of an encoder ``(x, weight, bias, center, …) -> (values, indices)``.
 
-    ``dz = grad · [z > 0]``, from which :func:`encoder_gradients` has the rest.
+    ``dz = grad · [z ≠ 0]``, from which :func:`encoder_gradients` has the rest.
     """
     _, weight, _, values, indices = ctx.saved_tensors
-    dz = torch.where(values > 0, grad_values, 0)
+    dz = torch.where(values != 0, grad_values, 0)
     gradients = encoder_gradients(
         ctx,
         decode=lambda: _sparse_decode(dz, indices, weight, None),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.backends import updater
 from sparsekern.factors import identity, kept_as_factors
-from sparsekern.ops._sparse_decode import _scatter_outer
+from sparsekern.ops._sparse_decode import sum_of_outer_products
 
 if TYPE_CHECKING:
     from sparsekern.modules import SAE
@@ -83,9 +83,10 @@ class Adam:
         factors = {}
         for weight in weights:
             parts = kept[identity(weight)]
-            if weight.grad is not None:
+            if weight.grad is not None or any(part.crow is not None for part in parts):
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 for part in parts:
-                    weight.grad += _scatter_outer(*part, weight.shape[0])
+                    weight.grad += sum_of_outer_products(part, weight.shape[0])
             elif parts and engine is not None:
                 factors[weight] = engine.SortedFactors(parts, weight.shape[0])
         self.sae.project_decoder_grad_()

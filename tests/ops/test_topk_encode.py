@@ -14,11 +14,12 @@ from sparsekern.backends import reference
 from sparsekern.ops._topk_encode import _topk_encode
 
 
-def dense_topk(x, weight, bias, k):
-    """The definition: all pre-activations, a stable sort, ReLU."""
+def dense_topk(x, weight, bias, k, absolute=False):
+    """The definition: all pre-activations, a stable sort (by size), ReLU (or not)."""
     pre = x @ weight.T + (0 if bias is None else bias)
-    order = pre.sort(dim=-1, descending=True, stable=True)
-    return order.values[..., :k].relu(), order.indices[..., :k]
+    order = (pre.abs() if absolute else pre).sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    values = pre.gather(-1, order)
+    return values if absolute else values.relu(), order
 
 
 # Small whole numbers: sums are exact in float32, so that ties are real ties and the float64 definition is comparable.
@@ -33,39 +34,41 @@ def whole_number_problems(draw):
     return x, weight, bias, k
 
 
-@given(whole_number_problems())
-def test_equals_the_definition_with_ties_to_the_lower_index(problem):
+@given(whole_number_problems(), st.booleans())
+def test_equals_the_definition_with_ties_to_the_lower_index(problem, absolute):
     x, weight, bias, k = problem
-    codes = sk.topk_encode(x, weight, bias, k)
-    values, indices = dense_topk(x, weight, bias, k)
+    codes = sk.topk_encode(x, weight, bias, k, absolute=absolute)
+    values, indices = dense_topk(x, weight, bias, k, absolute)
     assert torch.equal(codes.values, values)
     assert torch.equal(codes.indices.long(), indices)
 
 
-@given(whole_number_problems(), st.integers(1, 13), st.integers(1, 4))
-def test_panels_and_row_blocks_do_not_change_the_answer(problem, panel, rows):
+@given(whole_number_problems(), st.integers(1, 13), st.integers(1, 4), st.booleans())
+def test_panels_and_row_blocks_do_not_change_the_answer(problem, panel, rows, absolute):
     x, weight, bias, k = problem
-    whole = reference.topk_encode(x, weight, bias, k, "none")
+    whole = reference.topk_encode(x, weight, bias, k, "none", absolute)
     before = reference.WORKSPACE_BYTES
     try:
         # Room for a few rows of a narrow panel only: forces merging over many panels.
         reference.WORKSPACE_BYTES = 4 * max(panel, rows)
-        pieces = reference.topk_encode(x, weight, bias, k, "none")
+        pieces = reference.topk_encode(x, weight, bias, k, "none", absolute)
     finally:
         reference.WORKSPACE_BYTES = before
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])
 
 
-@given(whole_number_problems())
-def test_gradients_equal_those_of_the_definition(problem):
+@given(whole_number_problems(), st.booleans())
+def test_gradients_equal_those_of_the_definition(problem, absolute):
     x, weight, bias, k = (t.double().requires_grad_() if isinstance(t, torch.Tensor) else t for t in problem)
-    codes = sk.topk_encode(x, weight, bias, k)
+    codes = sk.topk_encode(x, weight, bias, k, absolute=absolute)
     cotangent = torch.randn_like(codes.values)
     inputs = [t for t in (x, weight, bias) if t is not None]
     got = torch.autograd.grad(codes.values, inputs, cotangent)
     pre = x @ weight.T + (0 if bias is None else bias)
-    expected = torch.autograd.grad(pre.gather(1, codes.indices.long()).relu(), inputs, cotangent)
+    taken = pre.gather(1, codes.indices.long())
+    taken = torch.where(taken != 0, taken, 0) if absolute else taken.relu()  # zeros carry no gradient
+    expected = torch.autograd.grad(taken, inputs, cotangent)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 

@@ -79,7 +79,7 @@ def test_norms_of_factored_gradients(parts, rows, n, k, unit_rows, seed):
         OuterProducts(torch.randn(rows, k), torch.randint(0, n, (rows, k), dtype=torch.int32), torch.randn(rows, d))
         for _ in range(parts)
     ]
-    dense = sum(cpu.scatter_outer(*part, n).double() for part in factors)
+    dense = sum(cpu.scatter_outer(*part[:3], n).double() for part in factors)
     if unit_rows:
         dense = dense - (dense * weight).sum(1, keepdim=True) * weight
     got = cpu.gradient_squares(cpu.SortedFactors(factors, n), weight, unit_rows)

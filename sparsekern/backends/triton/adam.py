@@ -41,7 +41,7 @@ class SortedFactors:
         self._outer_products, self._d_sae = parts, d_sae
         self.parts: list[_Part] = []
         sorted_before: dict[tuple[tuple[int, int], int], ByLatent] = {}
-        for values, indices, vectors in parts:
+        for values, indices, vectors, _ in parts:
             key = identity(indices), indices.numel()
             if key not in sorted_before:
                 sorted_before[key] = ByLatent(indices, d_sae, values.shape[1])
@@ -54,7 +54,7 @@ class SortedFactors:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         total = torch.zeros((), dtype=torch.float32, device=self._outer_products[0].values.device)
         lengths = total.new_zeros(self._d_sae)
-        for values, indices, vectors in self._outer_products:
+        for values, indices, vectors, _ in self._outer_products:
             slots = values.abs() * torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float32)
             # Atomics: the order of these sums is left to chance, which the last factor is far more than enough for.
             lengths.index_add_(0, indices.flatten(), slots.flatten().float())
@@ -63,7 +63,9 @@ class SortedFactors:
 
 def _as_compact(parts: Sequence[OuterProducts], d_sae: int) -> _Part:
     """Any number of parts as one, with a row for every latent."""
-    dense = torch.stack([scatter_outer(values, indices, vectors, d_sae) for values, indices, vectors in parts]).sum(0)
+    dense = torch.stack([scatter_outer(values, indices, vectors, d_sae) for values, indices, vectors, _ in parts]).sum(
+        0
+    )
     by = ByLatent(torch.arange(d_sae, dtype=torch.int32, device=dense.device), d_sae, 1)
     ones = dense.new_ones(d_sae, 1)
     return _Part(ones, dense, by, by.pieces(ones, dense))

@@ -647,9 +647,11 @@ def last_encode() -> EncodeStats | None:
 
 
 def topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, path: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, path: str = "auto", absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`; `path` as for :func:`encode_plan`."""
+    if absolute:
+        return reference.topk_encode(x, weight, bias, k, "none", absolute)
     rows, (n, d) = x.shape[0], weight.shape
     copy = current_copy(weight)
     has_copy = copy is not None and copy.cast.rows.dtype == SCREEN_DTYPE

@@ -51,7 +51,7 @@ def fresh_state(weight):
 def dense_gradient(parts, weight, unit_rows):
     """In float64, projected where the rows are to keep their norm."""
     parts = [(values.cpu().double(), indices.cpu(), vectors.cpu().double()) for values, indices, vectors in parts]
-    gradient = sum(reference.scatter_outer(*part, N) for part in parts)
+    gradient = sum(reference.scatter_outer(*part[:3], N) for part in parts)
     return gradient - (gradient * weight).sum(1, keepdim=True) * weight if unit_rows else gradient
 
 
