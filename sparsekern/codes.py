@@ -125,8 +125,8 @@ class CSRCodes(NamedTuple):
     def values_of(self, latents: Sequence[int]) -> Tensor:
         """Values of the named latents on each token, 0 where they are not among its codes: ``[B, len(latents)]``."""
         place = _places(latents, self.d_sae, self.col)[self.col.long()]
-        found = self.values.new_zeros(self.crow.shape[0] - 1, len(latents) + 1)  # the last takes all other latents
-        return found.index_put((entry_rows(self.crow, self.col), place), self.values, accumulate=True)[:, :-1]
+        found = self.values.new_zeros(self.tokens, len(latents) + 1)  # the last takes all other latents
+        return found.index_put((self.rows(), place), self.values, accumulate=True)[:, :-1]
 
     def with_values(self, latents: Sequence[int], values: Tensor | float) -> CSRCodes:
         """Codes in which the named latents have the given values, a number or anything that fits ``[B, n]``.
@@ -136,11 +136,11 @@ class CSRCodes(NamedTuple):
         others = _places(latents, self.d_sae, self.col)[self.col.long()] == len(latents)
         if not isinstance(values, Tensor) and values == 0:
             return self._replace(values=torch.where(others, self.values, 0))
-        tokens, n = self.crow.shape[0] - 1, len(latents)
+        tokens, n = self.tokens, len(latents)
         added = torch.as_tensor(values, dtype=self.values.dtype, device=self.col.device).expand(tokens, n)
         named = torch.as_tensor(latents, dtype=torch.int32, device=self.col.device).repeat(tokens)
         new_rows = torch.arange(tokens, device=self.col.device).repeat_interleave(n)
-        rows = torch.cat([entry_rows(self.crow, self.col)[others], new_rows])
+        rows = torch.cat([self.rows()[others], new_rows])
         col = torch.cat([self.col[others], named])
         order = (rows * self.d_sae + col).argsort()
         crow = torch.cat([self.crow.new_zeros(1), torch.bincount(rows, minlength=tokens).cumsum(0)])
