@@ -652,6 +652,72 @@ def absorption(
     return PlantedRun(sae, toy, scores, found.fvu, found.l0)
 
 
+def wrong_l0(
+    seed: int = 0,
+    *,
+    k: float = 1.8,
+    correlation: float = 0.4,
+    start: str = "features",
+    steps: int = 400,
+    lr: float = 1e-2,
+    batch_size: int = 256,
+    n_null: int = 100,
+) -> PlantedRun[GroundTruthScores]:
+    """Train a BatchTopK SAE on five features, two of them active on average: what does it learn at another k?
+
+    The four features after the first, f0, are independent of each other; each is active together with f0 more or less
+    often than by chance. With fewer latents a token than there are features it pays to write some of f0 with each.
+    Beside :func:`ground_truth_scores`, ``f0_in_others``: the mean cosine of the other features' decoder rows with f0.
+    Nulls: another of the four in the place of f0 (four samples), and random dictionaries.
+
+    Parameters
+    ----------
+    seed : int
+        Determines directions, weights, tokens and nulls.
+    k : float
+        Latents a token, on average; 2 is the true number.
+    correlation : float
+        Of the normal numbers behind f0 with those behind the others, −0.5 … 0.5.
+    start : {"features", "random"}
+        Where the weights start.
+    steps, lr, batch_size
+        Of the training.
+    n_null : int
+        Random dictionaries.
+
+    References
+    ----------
+    Chanin and Garriga-Alonso, *Sparse but wrong* (arXiv 2508.16560), and its code: small_toy_model_experiments.
+    """
+    if not abs(correlation) <= 0.5:
+        raise ValueError(f"correlation must be in −0.5 … 0.5, which all four can have with f0, got {correlation}")
+    generator = torch.Generator().manual_seed(seed)
+    between = torch.eye(5)
+    between[0, 1:] = between[1:, 0] = correlation
+    toy = CopulaFeatures(torch.full((5,), 0.4), between, generator=generator)
+    sae = sk.SAE(toy.d, len(toy.features), sk.BatchTopK(k), generator=generator)
+    _train(sae, toy, start, steps, lr, batch_size, generator)
+    scores = ground_truth_scores(sae, toy.features, n_null, seed)
+    random = [_match(rows, rows, toy.features)[1] for rows in _random_dictionaries(sae, n_null, seed)]
+    scores.results["f0_in_others"] = Result(
+        "cosine of the others' decoder rows with f0",
+        _mean_in_others(scores.decoder, 0),
+        {
+            "another in the place of f0": samples(_mean_in_others(scores.decoder, other) for other in range(1, 5)),
+            "random dictionary": samples(_mean_in_others(cosines, 0) for cosines in random),
+        },
+        tail="greater" if correlation >= 0 else "less",
+    )
+    found = sk.evaluate(sae, [toy.sample(_MEASURED, generator)[1]])
+    return PlantedRun(sae, toy, scores, found.fvu, found.l0)
+
+
+def _mean_in_others(cosines: Tensor, feature: int) -> float:
+    """Mean over the rows of the others of the four, and of no f0, of their cosines with `feature`."""
+    rows = [row for row in range(1, len(cosines)) if row != feature]
+    return _mean_of(cosines[rows, feature])
+
+
 def _train(
     sae: sk.SAE, toy: Toy, start: str, steps: int, lr: float, batch_size: int, generator: torch.Generator
 ) -> None:

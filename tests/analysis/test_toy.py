@@ -338,3 +338,31 @@ def test_in_a_tree_a_matryoshka_resists_absorption_and_a_plain_sae_does_not(seed
     assert nested["child_decoder"].value < 0.15  # −0.02 to 0.03
     for results in (plain, nested):
         assert results["decoder_match"].p_values()["random dictionary"] < 0.05
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("correlation", [0.4, -0.4])
+def test_below_the_true_l0_every_latent_takes_up_the_correlated_feature(seed, correlation):
+    sign = 1 if correlation > 0 else -1
+    at, below = (toy.wrong_l0(seed, k=k, correlation=correlation, steps=200).scores for k in (2, 1.8))
+    assert float(at.decoder.diagonal().min()) > 0.99  # 0.999 to 1.000
+    assert abs(at.results["f0_in_others"].value) < 0.05  # 0.002 to 0.029
+    mixed = sign * below.decoder[1:, 0]
+    assert float(mixed.min()) > 0.15  # 0.22 to 0.34, and 0.23 to 0.27 with the negative correlation
+    result = below.results["f0_in_others"]
+    another = result.nulls["another in the place of f0"]
+    assert another.shape == (4,)
+    assert float(another.abs().max()) < 0.05  # 0.006 to 0.021
+    assert result.p_values()["random dictionary"] < 0.1  # 100 samples, deviation 0.11
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_below_the_true_l0_independent_features_do_not_mix(seed):
+    scores = toy.wrong_l0(seed, correlation=0.0, steps=200).scores
+    assert scores.results["decoder_match"].value > 0.99  # 0.999 to 1.000
+    assert abs(scores.results["f0_in_others"].value) < 0.05  # 0.000 to 0.012
+
+
+def test_a_correlation_out_of_reach_is_refused():
+    with pytest.raises(ValueError, match="correlation must be in"):
+        toy.wrong_l0(correlation=0.6)
