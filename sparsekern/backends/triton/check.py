@@ -116,16 +116,22 @@ def _check_topk_encode_fp8(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 def _codes_by(screen: str, path: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
-    for x, weight, bias, k in _encode_cases(dtype):
+    cases = _encode_cases(dtype)
+    x, weight, bias, k = cases[-1]
+    calls = [(*case, False) for case in cases]
+    calls.append((x, weight * (1 - 2 * (torch.arange(len(weight)) % 3 == 0).to(dtype)).unsqueeze(1), bias, k, True))
+    for x, weight, bias, k, absolute in calls:
         on = [t.to(device) for t in (x, weight, bias)]
-        values, indices = triton.topk_encode(*on, k, screen, path)
+        values, indices = triton.topk_encode(*on, k, screen, path, absolute)
         wide = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k)
+        pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k, absolute)
     return pairs
 
 
-def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int) -> Pairs:
-    """Beside the k largest of all `scores` of a token, in float64."""
+def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int, absolute: bool = False) -> Pairs:
+    """Beside the k largest, or those of largest size, of all `scores` of a token, in float64."""
+    signed = scores
+    scores = signed.abs() if absolute else signed
     expected, order = (found[:, :k] for found in scores.sort(dim=1, descending=True, stable=True))
     if not ((indices >= 0) & (indices < scores.shape[1])).all():
         raise _DisagreementError("an index is out of range")
@@ -137,6 +143,8 @@ def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int) -> P
     tied = (score[:, 1:] == score[:, :-1]) & (indices[:, 1:] < indices[:, :-1])
     if tied.any() or not torch.equal(indices[3], order[3].int()):
         raise _DisagreementError("ties do not go to the lower latent")
+    if absolute:
+        return [(values.abs(), expected), (values, signed.gather(1, indices.long()))]
     return [(values, expected.relu())]
 
 

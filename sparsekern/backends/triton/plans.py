@@ -52,6 +52,8 @@ class EncodePlan(NamedTuple):
         Relative rounding of the chunked screen's scores.
     statistical : bool
         Whether the bound on the screen's errors is an estimate.
+    absolute : bool
+        Whether scores are compared by size.
     """
 
     operand: torch.dtype
@@ -63,6 +65,7 @@ class EncodePlan(NamedTuple):
     tile: Tile | None
     panel_rounding: float
     statistical: bool
+    absolute: bool = False
 
     @property
     def member_bits(self) -> int:
