@@ -192,20 +192,25 @@ def _check_routed_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> 
 
 
 def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
-    """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one."""
+    """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one.
+
+    And the best latent of each expert, where all experts serve every token.
+    """
     tokens = torch.arange(13)
     pairs: Pairs = []
-    uneven = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int()
-    for experts, latents, k in ((uneven, WIDE // 5, 4), (uneven[:9, :1], 30, 7)):
+    uneven, every = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int(), torch.arange(5).int()
+    both = (False, True) if screen == "auto" else (False,)
+    cases = [(uneven, WIDE // 5, 5, both), (uneven[:9, :1], 30, 7, both), (every.repeat(5, 1), WIDE // 5, 1, (True,))]
+    for experts, latents, k, ways in cases:
         n, n_active = 5 * latents, experts.shape[1]
         shapes = ((len(experts), 72), (n, 72), (1,))
         x, weight, bias = (_random(*shape, dtype=dtype, seed=9) for shape in shapes)
         weight[latents : latents + 9] = weight[:9]  # ties between experts
         plan = routed_plan(
-            13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=False
+            13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=ways[0]
         )  # fmt: skip
         assert plan is not None
-        buckets = plan.n_buckets // n_active
+        buckets = plan.n_buckets if ways[0] else plan.n_buckets // n_active
         weight[7:latents:buckets] = x[2] + 0.1 * weight[7:latents:buckets]  # all winners are in one bucket
         x[1] = weight[5] * 2
         x[3] = 0  # all latents tie
@@ -213,7 +218,7 @@ def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
         on = [t.to(device) for t in (x, weight, bias, experts, *reference.group_slots(experts, 5))]
         mine = torch.arange(n) // latents == experts.unsqueeze(2)  # [tokens, n_active, N]
         scores = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        for per_expert in (False, True) if screen == "auto" else (False,):
+        for per_expert in ways:
             values, indices = (t.cpu() for t in triton.routed_topk_encode(*on, k, per_expert, screen))
             for slot, owned in enumerate(mine.unbind(1) if per_expert else [mine.any(1)]):
                 part = slice(slot * k, (slot + 1) * k)

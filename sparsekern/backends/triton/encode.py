@@ -437,27 +437,49 @@ def _select(
 @triton.jit(do_not_specialize=["room"])
 def _rescore(
     x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room,
+    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, ABSOLUTE: tl.constexpr, FEW: tl.constexpr, SHARE: tl.constexpr,
+    CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Exact pre-activations of the candidates of one row; SHARE rows after one another are of one token.
+
+    Of FEW candidates one program goes through all, of more each program has its own.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(count + row)
+    if FEW:
+        for first in range(0, tl.where(n <= room, n, 0), CANDIDATES):
+            _rescore_some(
+                x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
+                HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
+            )  # fmt: skip
+    else:
+        first = tl.program_id(1) * CANDIDATES
+        if (n <= room) & (first < n):
+            _rescore_some(
+                x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
+                HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _rescore_some(
+    x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
     HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, ABSOLUTE: tl.constexpr, SHARE: tl.constexpr,
     CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Exact pre-activations of the candidates of one row; SHARE rows after one another are of one token."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.load(count + row)
-    first = tl.program_id(1) * CANDIDATES
-    if (n <= room) & (first < n):
-        place = first + tl.arange(0, CANDIDATES)
-        latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
-        token = row // SHARE
-        score = dot_rows(x, x_stride, weight, weight_stride, bias, token, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
-        score = tl.where(latent >= 0, score, float("-inf"))
-        if CHECK:
-            # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
-            screened = tl.load(scores + row * room + place, mask=place < n, other=float("nan"))
-            compared = tl.abs(score) if ABSOLUTE else score
-            wrong = (tl.abs(compared - screened) > 0.5 * tl.load(slack + row)) & (place < n)
-            if tl.sum(wrong.to(tl.int32), axis=0) > 0:
-                tl.store(count + row, NO_LATENT)
-        tl.store(scores + row * room + place, score, mask=place < n)
+    place = first + tl.arange(0, CANDIDATES)
+    latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
+    token = row // SHARE
+    score = dot_rows(x, x_stride, weight, weight_stride, bias, token, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
+    score = tl.where(latent >= 0, score, float("-inf"))
+    if CHECK:
+        # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
+        screened = tl.load(scores + row * room + place, mask=place < n, other=float("nan"))
+        compared = tl.abs(score) if ABSOLUTE else score
+        wrong = (tl.abs(compared - screened) > 0.5 * tl.load(slack + row)) & (place < n)
+        if tl.sum(wrong.to(tl.int32), axis=0) > 0:
+            tl.store(count + row, NO_LATENT)
+    tl.store(scores + row * room + place, score, mask=place < n)
 
 
 @triton.jit
@@ -552,30 +574,33 @@ def _take(
     candidates, scores, count, repaired, values, indices, k, room, filled,
     ABSOLUTE: tl.constexpr, TOP: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """The k best candidates of one token, in order."""
+    """The k best candidates of one token, in order; out of no more than TOP without a search for them."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, ROOM)
     n = tl.where(tl.load(repaired + row) != 0, filled, tl.load(count + row))
     latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
     score = tl.load(scores + row * room + place, mask=place < n, other=float("-inf"))
     packed = tl.where(latent >= 0, _pack(score, latent, ABSOLUTE), NOTHING)
-    # The k-th largest, bit by bit; numbers are distinct, so k of them reach it.
-    zero = tl.zeros([], tl.int64)
-    kth = tl.where(tl.sum((packed >= zero).to(tl.int32), axis=0) >= k, zero, zero + NOTHING)
-    for bit in range(0, 63):
-        trial = kth + ((zero + 1) << (62 - bit))
-        kth = tl.where(tl.sum((packed >= trial).to(tl.int32), axis=0) >= k, trial, kth)
-    taken = (packed >= kth) & (latent >= 0)
-    slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-    taken = taken & (slot < k)
-    tl.store(candidates + row * room + slot, latent, mask=taken)
-    tl.store(scores + row * room + slot, score, mask=taken)
-    tl.debug_barrier()
+    if TOP < ROOM:
+        # The k-th largest, bit by bit; numbers are distinct, so k of them reach it.
+        zero = tl.zeros([], tl.int64)
+        kth = tl.where(tl.sum((packed >= zero).to(tl.int32), axis=0) >= k, zero, zero + NOTHING)
+        for bit in range(0, 63):
+            trial = kth + ((zero + 1) << (62 - bit))
+            kth = tl.where(tl.sum((packed >= trial).to(tl.int32), axis=0) >= k, trial, kth)
+        taken = (packed >= kth) & (latent >= 0)
+        slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        taken = taken & (slot < k)
+        tl.store(candidates + row * room + slot, latent, mask=taken)
+        tl.store(scores + row * room + slot, score, mask=taken)
+        tl.debug_barrier()
+        found = tl.sum(taken.to(tl.int32), axis=0)
+        best = tl.arange(0, TOP)
+        latent = tl.load(candidates + row * room + best, mask=best < found, other=0)
+        score = tl.load(scores + row * room + best, mask=best < found, other=float("-inf"))
+        packed = tl.where(best < found, _pack(score, latent, ABSOLUTE), NOTHING)
+    packed = tl.sort(packed, descending=True)
     mine = tl.arange(0, TOP)
-    found = tl.sum(taken.to(tl.int32), axis=0)
-    latent = tl.load(candidates + row * room + mine, mask=mine < found, other=0)
-    score = tl.load(scores + row * room + mine, mask=mine < found, other=float("-inf"))
-    packed = tl.sort(tl.where(mine < found, _pack(score, latent, ABSOLUTE), NOTHING), descending=True)
     real = packed != NOTHING
     score, latent = _unpack(packed, ABSOLUTE)
     score = tl.where(real, score, 0.0)
@@ -897,6 +922,8 @@ def finish(
     count = torch.empty(rows, dtype=torch.int32, device=x.device)
     repaired = torch.zeros(rows, dtype=torch.int32, device=x.device)
     block = triton.next_power_of_2(plan.n_buckets)
+    # Rows of a latent or a few, as of every group of a token, are many and have next to nothing to do each.
+    few = slots is not None and room <= plans.FEW_ROOM
     launch(
         _select,
         (rows,),
@@ -919,13 +946,13 @@ def finish(
         ROUTED=slots is not None,
         SHARE=share,
         BLOCK=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=max(1, min(4, block // 256)) if few else 4 if block <= 2048 else 8,
     )
     row_of_weight = (x, x.stride(0), weight, weight.stride(0), bias)
-    some = 16
+    some = 4 if few else 16
     launch(
         _rescore,
-        (rows, triton.cdiv(room, some)),
+        (rows, 1 if few else triton.cdiv(room, some)),
         *row_of_weight,
         candidates,
         scores,
@@ -936,9 +963,11 @@ def finish(
         HAS_BIAS=bias is not None,
         CHECK=plan.statistical,
         ABSOLUTE=plan.absolute,
+        FEW=few,
         SHARE=share,
         CANDIDATES=some,
         BLOCK=min(256, max(16, triton.next_power_of_2(d))),
+        num_warps=1 if few else 4,
     )
     top = max(16, triton.next_power_of_2(k))
     parts = room // top
@@ -979,7 +1008,7 @@ def finish(
         room,
         parts * top,
         ABSOLUTE=plan.absolute,
-        TOP=top,
+        TOP=room if few else top,
         ROOM=room,
         num_warps=1 if room <= 512 else 4,
     )
