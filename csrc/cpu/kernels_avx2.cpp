@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "csr_encode.h"
 #include "parallel.h"
 #include "row_adam.h"
 #include "screening.h"
@@ -32,6 +33,7 @@
 #include "sparse_products.inl"
 #include "screening.inl"
 #include "topk_encode.inl"
+#include "csr_encode.inl"
 #include "row_adam.inl"
 
 #if defined(__clang__)
@@ -47,6 +49,7 @@ template <class T> const SparseProducts<T>* sparse_products_avx2() { return null
 template const SparseProducts<float>* sparse_products_avx2<float>();
 template const SparseProducts<double>* sparse_products_avx2<double>();
 const TopkEncode* topk_encode_avx2() { return nullptr; }
+const CsrEncode* csr_encode_avx2() { return nullptr; }
 const RowUpdates* row_updates_avx2() { return nullptr; }
 }  // namespace sparsekern
 

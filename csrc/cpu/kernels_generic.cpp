@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "csr_encode.h"
 #include "parallel.h"
 #include "row_adam.h"
 #include "screening.h"
@@ -21,4 +22,5 @@
 #include "sparse_products.inl"
 #include "screening.inl"
 #include "topk_encode.inl"
+#include "csr_encode.inl"
 #include "row_adam.inl"

@@ -603,6 +603,20 @@ void enter_rows(const Screen& screen, const Places& places, std::int64_t top, st
 // ---------------------------------------------------------------------------------------------------------------------
 // Rescoring
 
+// A float as a number that orders as it does, and back.
+inline std::uint32_t ordered(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+inline float unordered(std::uint32_t key) {
+    key ^= key >> 31 ? 0x80000000u : 0xffffffffu;
+    float value;
+    std::memcpy(&value, &key, 4);
+    return value;
+}
+
 // <a, b>; the other two are what the caller reads next.
 #if SPARSEKERN_LEVEL == 2
 

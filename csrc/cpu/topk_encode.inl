@@ -10,19 +10,10 @@ struct Scored {
 
     Scored() = default;
     Scored(float score, std::int32_t index, bool negative) {
-        score += 0.0f;  // of two zeros the positive one
-        std::uint32_t bits;
-        std::memcpy(&bits, &score, 4);
-        bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
+        const std::uint32_t bits = ordered(score + 0.0f);  // of two zeros the positive one
         key = std::uint64_t{bits} << 32 | (0xfffffffeu - 2 * static_cast<std::uint32_t>(index)) | negative;
     }
-    float score() const {
-        std::uint32_t bits = static_cast<std::uint32_t>(key >> 32);
-        bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
-        float score;
-        std::memcpy(&score, &bits, 4);
-        return score;
-    }
+    float score() const { return unordered(static_cast<std::uint32_t>(key >> 32)); }
     bool negative() const { return key & 1; }
     std::int32_t index() const { return static_cast<std::int32_t>((0xffffffffu - static_cast<std::uint32_t>(key)) / 2); }
 };
