@@ -447,7 +447,8 @@ def _rescore(
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count + row)
     if FEW:
-        for first in range(0, tl.where(n <= room, n, 0), CANDIDATES):
+        end = tl.minimum(tl.where(n <= room, n, 0), room)  # at most; said for the analysis of intervals
+        for first in range(0, end, CANDIDATES):
             _rescore_some(
                 x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
                 HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
