@@ -563,11 +563,11 @@ def _pack(score, latent, ABSOLUTE: tl.constexpr):
 @triton.jit
 def _unpack(packed, ABSOLUTE: tl.constexpr):
     """Score and latent of :func:`_pack`."""
+    latent = (((packed >> 1) if ABSOLUTE else packed) & NO_LATENT).to(tl.int32) ^ NO_LATENT
     score = _from_sortable(((packed >> 32) + 2147483648).to(tl.uint32))
     if ABSOLUTE:
         score = tl.where((packed & 1) != 0, -score, score)
-        packed = packed >> 1
-    return score, (packed & NO_LATENT).to(tl.int32) ^ NO_LATENT
+    return score, latent
 
 
 @triton.jit(do_not_specialize=["k", "room"])
