@@ -447,7 +447,8 @@ def _rescore(
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count + row)
     if FEW:
-        for first in range(0, tl.where(n <= room, n, 0), CANDIDATES):
+        end = tl.minimum(tl.where(n <= room, n, 0), room)  # at most; said for the analysis of intervals
+        for first in range(0, end, CANDIDATES):
             _rescore_some(
                 x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
                 HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
@@ -562,11 +563,11 @@ def _pack(score, latent, ABSOLUTE: tl.constexpr):
 @triton.jit
 def _unpack(packed, ABSOLUTE: tl.constexpr):
     """Score and latent of :func:`_pack`."""
+    latent = (((packed >> 1) if ABSOLUTE else packed) & NO_LATENT).to(tl.int32) ^ NO_LATENT
     score = _from_sortable(((packed >> 32) + 2147483648).to(tl.uint32))
     if ABSOLUTE:
         score = tl.where((packed & 1) != 0, -score, score)
-        packed = packed >> 1
-    return score, (packed & NO_LATENT).to(tl.int32) ^ NO_LATENT
+    return score, latent
 
 
 @triton.jit(do_not_specialize=["k", "room"])
