@@ -452,7 +452,7 @@ class JumpReLU(Penalized):
         self,
         l0_coefficient: float | None = None,
         target_l0: float | None = None,
-        bandwidth: float = 0.05,
+        bandwidth: float = 0.02,
         pre_act_coefficient: float = 0.0,
         warmup_tokens: int = 0,
         start_l0: int | None = None,
