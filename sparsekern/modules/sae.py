@@ -222,8 +222,14 @@ class SAE(nn.Module):
         rows as well as their decoder rows. In training mode this call also advances `tokens_since_fired`.
 
         To accumulate gradients over equal parts of a batch, give each the whole batch's `variance` and divide their
-        losses by their number: this adds up to the loss of the whole batch, but for AuxK, and for a BatchTopK, which
-        selects in each part.
+        losses by their number: this adds up to the loss of the whole batch, but for what a part decides by itself:
+        AuxK, the selection of a BatchTopK, a `target_l0`, the balance of experts, random prefixes, and the length that
+        a hierarchy's L1 is measured in. A penalty that warms up is warmer in a later part.
+
+        Compiled by ``torch.compile`` it is one graph. There AuxK is always a part, 0 where no latent is dead, and has
+        `aux_k` slots a token whatever their number; their rows are still all that is encoded for it. On a GPU it waits
+        for the device. Gradient checkpointing would count a batch twice, so in training mode it is refused; that of
+        :meth:`forward`, :meth:`encode` and :meth:`decode` is not.
 
         Parameters
         ----------

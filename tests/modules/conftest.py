@@ -16,9 +16,7 @@ ARCHITECTURES = {
     "batchtopk": lambda **o: sk.SAE(D_IN, D_SAE, sk.BatchTopK(4), **o),
     "relu": lambda **o: sk.SAE(D_IN, D_SAE, sk.ReLU(start_l0=4), **o),
     "relu_warming": lambda **o: sk.SAE(D_IN, D_SAE, sk.ReLU(p=0.5, start_l0=4, warmup_tokens=500), **o),
-    "jumprelu": lambda **o: sk.SAE(
-        D_IN, D_SAE, sk.JumpReLU(start_l0=4, bandwidth=0.3, pre_act_coefficient=0.01), **o
-    ),
+    "jumprelu": lambda **o: sk.SAE(D_IN, D_SAE, sk.JumpReLU(start_l0=4, bandwidth=0.3, pre_act_coefficient=0.01), **o),
     "gated": lambda **o: sk.GatedSAE(D_IN, D_SAE, sk.Gated(start_l0=4), **o),
     "matryoshka": lambda **o: sk.MatryoshkaSAE(D_IN, D_SAE, sk.BatchTopK(4), **o),
     "matryoshka_random": lambda **o: sk.MatryoshkaSAE(D_IN, D_SAE, sk.TopK(4), n_random=3, **o),
@@ -71,3 +69,8 @@ class Architecture:
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request):
     return Architecture(request.param)
+
+
+@pytest.fixture(scope="session")
+def every_architecture():
+    return [Architecture(name) for name in ARCHITECTURES]
