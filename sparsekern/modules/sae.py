@@ -366,11 +366,9 @@ class SAE(nn.Module):
         # The rows are gathered first: what follows costs in proportion to the dead latents only.
         k = min(self.aux_k, dead.rows.numel())
         bias, rows = self.b_enc[dead.rows], gather_rows(self._encoder(), dead.rows)
-        if dead.used is not None:  # the places beyond the dead ones never fire
-            if absolute:
-                bias, rows = bias * dead.used, rows * dead.used.unsqueeze(1)
-            else:
-                bias = torch.where(dead.used, bias, -torch.inf)
+        if dead.used is not None:  # the places beyond the dead ones never fire: the least there is, or of no size
+            bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
+            rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
         codes = topk_encode(x, rows, bias, k, center=center, absolute=absolute)
         fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
         return fvu if dead.used is None else fvu * dead.used.any()
