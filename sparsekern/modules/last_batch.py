@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparsekern.factors import identity
+
 
 class LastBatch:
     """Tells a batch that gradient checkpointing computes again from the next one.
@@ -16,8 +18,8 @@ class LastBatch:
     """
 
     def __init__(self) -> None:
-        self._storage: StorageWeakRef | None = None
-        self._place: tuple[int, torch.Size] | None = None
+        self._storage: StorageWeakRef | None = None  # tells whether another tensor may have the memory by now
+        self._place: tuple[object, ...] | None = None
 
     def __reduce__(self) -> tuple[type[LastBatch], tuple[()]]:
         return LastBatch, ()  # a copy of the module has not seen it
@@ -31,16 +33,15 @@ class LastBatch:
             If it is the last one again, in a backward pass.
         """
         # By memory: checkpointing may come with another Python object for the same tensor.
-        storage, place = x.untyped_storage(), (x.data_ptr(), x.shape)
+        place = (*identity(x), x.shape)
         if (
             torch._C._current_graph_task_id() != -1  # in a backward pass
             and self._storage is not None
             and not self._storage.expired()
-            and self._storage.cdata == storage._cdata
             and self._place == place
         ):
             raise ValueError(
                 "loss must not be checkpointed in training mode: it has counted this batch, and reads what it counts. "
                 "Checkpoint encode, decode or the module's forward instead"
             )
-        self._storage, self._place = StorageWeakRef(storage), place
+        self._storage, self._place = StorageWeakRef(x.untyped_storage()), place
