@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.ops import batch_topk_encode, routed_topk_encode, sparse_decode, threshold_encode, topk_encode
 from sparsekern.ops._checks import SCREENS
+from sparsekern.ops._snapshot import snapshot
 from sparsekern.ops._sparse_decode import _gather_dot
 from sparsekern.routing import Routing
 
@@ -322,7 +323,7 @@ class Penalized(Activation):
 
     def warmth(self) -> Tensor | float:
         """What share of the penalty is due."""
-        return (self.tokens_seen / self.warmup_tokens).clamp(max=1) if self.warmup_tokens else 1.0
+        return (snapshot(self.tokens_seen) / self.warmup_tokens).clamp(max=1) if self.warmup_tokens else 1.0
 
     def count_(self, codes: Codes, finite: Tensor) -> None:
         """Count the tokens."""

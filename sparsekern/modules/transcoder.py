@@ -72,12 +72,17 @@ class Transcoder(SAE):
 
     def offset(self, x: Tensor) -> Tensor:
         """What is added to what the codes of `x` decode to."""
-        return nn.functional.linear(x, self.W_skip, self.b_dec) if self.skip else self.b_dec
+        return self._past(x) + self.b_dec if self.skip else self.b_dec
 
     def reconstruct(self, codes: Codes, x: Tensor) -> Tensor:
         """What the module makes of activations `x` ``[..., d_in]`` with these codes of theirs, changed or not."""
         decoded = super().reconstruct(codes, x)
-        return decoded + nn.functional.linear(x, self.W_skip) if self.skip else decoded
+        return decoded + self._past(x) if self.skip else decoded
+
+    def _past(self, x: Tensor) -> Tensor:
+        """What goes past the latents, in the promoted dtype."""
+        dtype = torch.promote_types(x.dtype, self.W_skip.dtype)
+        return nn.functional.linear(x.to(dtype), self.W_skip.to(dtype))
 
     @torch.no_grad()
     def fit_start_(self, x: Tensor, center: str = "geometric_median", target: Tensor | None = None) -> None:
