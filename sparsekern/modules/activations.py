@@ -53,6 +53,9 @@ class Activation(nn.Module):
     exact: ClassVar[tuple[str, ...]] = ()
     screen: str
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def bind_(self, d_sae: int) -> None:
         """Make what has an entry a latent; ValueError where this activation cannot serve `d_sae` of them."""
 
