@@ -152,7 +152,7 @@ class SAE(nn.Module):
         self.tied, self.pre_bias = tied, pre_bias
         self.activation = copy.deepcopy(activation).train()
         self.activation.bind_(d_sae)
-        self.activation.to(device=device)
+        self.activation.to(device=device, dtype=dtype)
         self.unit_decoder = (activation.unit_decoder and not tied) if unit_decoder is None else unit_decoder
         self.aux_coefficient = activation.aux_coefficient if aux_coefficient is None else aux_coefficient
         self.aux_k = aux_k or max(1, d_in // 2)
