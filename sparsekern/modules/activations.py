@@ -95,6 +95,8 @@ class Activation(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype != old.dtype:
                 tensor.data = old.to(tensor.device)
+                if tensor.grad is not None:
+                    tensor.grad.data = tensor.grad.to(old.dtype)
         return self
 
 
