@@ -293,6 +293,13 @@ class BatchTopK(Activation):
             return batch_topk_encode(x, W_enc, b_enc, self.k, self.screen, center), None
         return threshold_encode(x, W_enc, b_enc, self.threshold, self.screen, center), None
 
+    def train(self, mode: bool = True) -> BatchTopK:
+        """Into training mode, or out of it: then it looks whether there is a threshold, and waits for the device."""
+        if not mode:
+            self._has_threshold = bool(self.batches_seen > 0)
+        super().train(mode)
+        return self
+
     def count_(self, codes: Codes, finite: Tensor) -> None:
         """Move the threshold."""
         least = torch.where(codes.values > 0, codes.values, torch.inf).min().double()
@@ -300,11 +307,10 @@ class BatchTopK(Activation):
         rate = torch.where(self.batches_seen == 0, 1.0, self.threshold_rate)
         self.threshold += torch.where(counts, rate * (least - self.threshold), 0)
         self.batches_seen += counts
-        self._has_threshold = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_threshold = bool(state_dict.get(f"{prefix}batches_seen", 0))
+        self._has_threshold = bool(self.batches_seen > 0)
 
     def rescale_(self, factor: Tensor) -> None:
         """Scales the threshold."""
