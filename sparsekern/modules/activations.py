@@ -632,7 +632,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(pre: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
-        return (pre > threshold).to(pre.dtype)
+        return (pre > threshold).to(torch.promote_types(pre.dtype, threshold.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -337,7 +337,7 @@ class SAE(nn.Module):
     def latent_norms(self) -> Tensor:
         """Norms of the decoder's rows, ``[d_sae]``; differentiable where they are free."""
         if self.unit_decoder:
-            return self.b_enc.new_ones(self.d_sae)
+            return self.b_enc.new_ones(self.d_sae, dtype=torch.promote_types(self.b_enc.dtype, torch.float32))
         return row_norms(self.W_dec).squeeze(1)
 
     def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
