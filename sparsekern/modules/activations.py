@@ -532,7 +532,8 @@ class JumpReLU(Penalized):
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
         """Put all thresholds where `start_l0` latents a token pass."""
-        self.length.copy_(batch.length)
+        if batch.length > 0:
+            self.length.copy_(batch.length)
         cut = self.start_cut(sae, batch.x)
         if cut > 0:
             self.log_threshold.fill_(cut.log())
