@@ -343,12 +343,14 @@ class SAE(nn.Module):
     def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
         """FVU of the residual under its reconstruction from the dead rows; 0 where none is used."""
         k = min(self.aux_k, dead.rows.numel())
-        bias = self.b_enc[dead.rows]
-        if dead.used is not None:
-            bias = torch.where(dead.used, bias, -torch.inf)  # so that the places beyond the dead ones never fire
+        absolute, bias = self.activation.absolute, self.b_enc[dead.rows]
         rows = gather_rows(self._encoder(), dead.rows)
-        codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=self.activation.absolute)
-        fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
+        if dead.used is not None:  # the places beyond the dead ones never fire
+            bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
+            rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
+        codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=absolute)
+        error = sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual
+        fvu = self.fvu(error, Batch(x, residual, self.variance_of(residual)))
         return fvu if dead.used is None else fvu * dead.used.any()
 
     # The weights with a row a latent, the constraint on the decoder, and the start
