@@ -602,7 +602,8 @@ class Gated(Penalized):
         }
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
-        """Lower the gates' biases."""
+        """Lower the gates' biases; magnitudes are what they gate before that."""
+        self.b_mag.copy_(sae.b_enc)
         sae.b_enc.sub_(self.start_cut(sae, batch.x))
 
     def rescale_(self, factor: Tensor) -> None:

@@ -416,8 +416,11 @@ class SAE(nn.Module):
         self.b_dec[:] = centers[center](target)
 
     def _fit_scale_(self, batch: Batch) -> None:
-        recon = self(batch.x) - self.b_dec
-        scale = (recon * (batch.target - self.b_dec)).sum() / recon.square().sum()
+        if self.tied and self.unit_decoder:
+            return  # the rows have their length
+        offset = self.offset(batch.x)
+        decoded = self(batch.x) - offset
+        scale = (decoded * (batch.target - offset)).sum() / decoded.square().sum()
         if scale > 0:  # not on constant rows, which have nothing to fit
             self._rescale_encoder_(scale.sqrt() if self.tied else scale)
 
