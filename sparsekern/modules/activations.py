@@ -420,7 +420,8 @@ class JumpReLU(Penalized):
 
     The threshold θ is trained through straight-through estimators: with ``K = 1[|pre − θ| < bandwidth / 2]``,
     ``dz/dθ = −(θ / bandwidth) K`` and ``dL0/dθ = −K / bandwidth``. The part ``sparsity`` of the loss is
-    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``.
+    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``, with the mean over
+    the batch: one token may have more latents than another at no price.
 
     Parameters
     ----------
@@ -450,8 +451,9 @@ class JumpReLU(Penalized):
     References
     ----------
     Rajamanoharan et al., *Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders* (arXiv
-    2407.14435), sections 3 and 4; Gemma Scope 2 (2025) for the target; Conerly et al., *Dictionary learning
-    optimization techniques* (Anthropic, January 2025), for the pre-activation loss.
+    2407.14435), sections 3 and 4; the ``JumpReluTrainer`` of dictionary_learning for the target (that of Gemma Scope 2
+    is for every token); Conerly et al., *Dictionary learning optimization techniques* (Anthropic, January 2025), for
+    the pre-activation loss.
     """
 
     name = "jumprelu"

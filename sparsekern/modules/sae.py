@@ -219,8 +219,9 @@ class SAE(nn.Module):
         rows as well as their decoder rows. In training mode this call also advances `tokens_since_fired`.
 
         To accumulate gradients over equal parts of a batch, give each the whole batch's `variance` and divide their
-        losses by their number: this adds up to the loss of the whole batch, but for AuxK, and for a BatchTopK, which
-        selects in each part.
+        losses by their number: this adds up to the loss of the whole batch, but for what a part decides by itself. That
+        is AuxK, what a BatchTopK selects, how far the mean L0 of a JumpReLU is from its target, and whatever moves with
+        each call: a penalty that warms up, and random prefixes.
 
         Parameters
         ----------
