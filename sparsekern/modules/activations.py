@@ -326,7 +326,8 @@ class Penalized(Activation):
     def __init__(self, warmup_tokens: int, start_l0: int, screen: str) -> None:
         super().__init__()
         check_k_and_screen(start_l0, screen, "start_l0")
-        check_coefficients(warmup_tokens=warmup_tokens)
+        if not isinstance(warmup_tokens, int) or warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens must be a whole number of at least 0, got {warmup_tokens!r}")
         self.warmup_tokens, self.start_l0, self.screen = warmup_tokens, start_l0, screen
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
@@ -658,10 +659,10 @@ def check_k_and_screen(k: int, screen: str, name: str = "k") -> None:
 
 
 def check_coefficients(**numbers: float) -> None:
-    """None is negative."""
+    """None is negative, infinite or NaN."""
     for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must not be negative and must be finite, got {number}")
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes
+from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes, check_coefficients
 from sparsekern.modules.dead import DeadBound, DeadRows, dead_rows
 from sparsekern.modules.initialization import geometric_median, unit_rows
 from sparsekern.modules.pretrained import load_pretrained, save_pretrained
@@ -144,10 +144,10 @@ class SAE(nn.Module):
         check_counts(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if not isinstance(activation, Activation):
             raise ValueError(f"activation must be an Activation such as sparsekern.TopK(32), got {activation!r}")
-        if aux_coefficient is not None and aux_coefficient < 0:
-            raise ValueError(f"aux_coefficient must not be negative, got {aux_coefficient}")
-        if aux_k is not None and aux_k < 1:
-            raise ValueError(f"aux_k must be at least 1, got {aux_k}")
+        if aux_coefficient is not None:
+            check_coefficients(aux_coefficient=aux_coefficient)
+        if aux_k is not None:
+            check_counts(aux_k=aux_k)
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.tied, self.pre_bias = tied, pre_bias
         self.activation = copy.deepcopy(activation).train()
@@ -470,9 +470,9 @@ class SAE(nn.Module):
         kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
         if name not in kinds:
             raise ValueError(f"the configuration is of class {name!r}, not {' or '.join(kinds)}")
-        if "activation" in options:
-            options["activation"] = _activation(dict(options["activation"]))
         try:
+            if "activation" in options:
+                options["activation"] = _activation(dict(options["activation"]))
             return kinds[name](dtype=dtype, **options)
         except TypeError as error:
             raise ValueError(f"the configuration does not fit {name}: {error}") from error
@@ -521,8 +521,3 @@ def mean_square(rows: Tensor) -> Tensor:
 def at_least_tiny(number: Tensor) -> Tensor:
     """To divide by."""
     return number.clamp_min(torch.finfo(number.dtype).tiny)
-
-
-def fvu_of(error: Tensor, target: Tensor) -> Tensor:
-    """Share of the variance of `target` ``[B, d]`` that is `error`, in float32 at least."""
-    return mean_square(error) / at_least_tiny(mean_square(centred_rows(target)))
