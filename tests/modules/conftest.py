@@ -20,14 +20,12 @@ ACTIVATIONS = {
     "jumprelu-target": lambda: sk.JumpReLU(
         target_l0=3, bandwidth=0.8, pre_act_coefficient=0.1, warmup_tokens=100, start_l0=3
     ),
-    "gated": lambda: sk.Gated(0.3, start_l0=3),
-    "gated-warmup": lambda: sk.Gated(0.3, warmup_tokens=100, start_l0=3),
+    "gated": lambda: sk.Gated(0.3, warmup_tokens=100, start_l0=3),
 }
 
 MODULES = {
     "sae": lambda act, d, n, **o: sk.SAE(d, n, act, **o),
-    "sae-without-pre-bias": lambda act, d, n, **o: sk.SAE(d, n, act, pre_bias=False, **o),
-    "tied": lambda act, d, n, **o: sk.SAE(d, n, act, tied=True, **o),
+    "tied": lambda act, d, n, **o: sk.SAE(d, n, act, tied=True, pre_bias=False, **o),
     "matryoshka": lambda act, d, n, **o: sk.MatryoshkaSAE(
         d, n, act, prefixes=(n // 12, n // 3, n), weights=(1, 2, 0.5), **o
     ),
@@ -42,7 +40,7 @@ PAIRS = [
     (module, activation)
     for module in MODULES
     for activation in ACTIVATIONS
-    if module != "cross-layer" or activation not in ("multi-topk", "gated", "gated-warmup")
+    if module != "cross-layer" or activation not in ("multi-topk", "gated")
 ]
 
 

@@ -167,7 +167,7 @@ def assert_same(sae, out, expected):
         torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(2, 9),
@@ -202,7 +202,7 @@ def test_auxk_with_more_room_than_dead_latents_is_the_same(kind):
     """As on a GPU, where the number of dead latents is bounded without counting them."""
     sae = kind.perturbed(aux_coefficient=0.3, aux_k=5, dead_after=10, dtype=torch.float64)
     x, target = kind.batch(sae, 9, torch.float64)
-    for n_dead in (0, 1, 4, 8) if sae.aux_coefficient else ():
+    for n_dead in (0, 3, 8) if sae.aux_coefficient else ():
         dead = torch.zeros(sae.d_sae, dtype=torch.bool)
         dead[torch.randperm(sae.d_sae)[:n_dead]] = True
         sae.tokens_since_fired.zero_()[dead] = 10
@@ -238,14 +238,14 @@ def test_losses_of_equal_parts_add_up_to_that_of_the_batch(kind):
 @pytest.mark.parametrize("backend", ["", "reference"])
 def test_training_equals_the_definition_under_torch_adam(kind, backend, monkeypatch):
     monkeypatch.setenv("SPARSEKERN_BACKEND", backend)  # empty for none: the kernels, where there are any
-    rows, lr, clip_norm = 30, 1e-2, 0.5
+    rows, lr, clip_norm = 30, 1e-2, 0.5  # the norm is above it in some steps, and below in others
     mine = kind.perturbed(aux_coefficient=0.3, aux_k=5, dead_after=2 * rows)
     mine.normalize_decoder_()
     theirs = copy.deepcopy(mine).double()
     trainer = sk.Trainer(mine, lr=lr, warmup_steps=0, clip_norm=clip_norm, fit_start=False)
     adam = torch.optim.Adam(trained(theirs), lr=lr)
     since = torch.zeros(mine.d_sae, dtype=torch.int64)
-    for step in range(4):
+    for step in range(3):
         x, target = kind.batch(mine, rows)
         stats = trainer.step(x, target)
         doubles = [x.double(), None if target is None else target.double()]

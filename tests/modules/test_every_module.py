@@ -33,21 +33,20 @@ def test_the_start_has_its_l0_and_the_best_scale(kind):
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rows", ["two", "zero", "constant", "one that differs"])
-def test_a_degenerate_start_leaves_all_parameters_finite(kind, rows):
-    sae = kind.make()
-    x, target = kind.batch(sae, 2 if rows == "two" else 9)
-    if rows != "two":
-        x, target = (t if t is None else torch.full_like(t, float(rows != "zero")) for t in (x, target))
-    if rows == "one that differs":
-        x[4] *= 100
-    sae.fit_start_(x, target=target)
-    for name, tensor in sae.state_dict().items():
-        assert tensor.isfinite().all(), name
-    x, target = kind.batch(sae, 9)
-    assert sae.loss(x, target).total.isfinite()
-    for weight in sae.unit_weights():
-        torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))
+def test_a_degenerate_start_leaves_all_parameters_finite(kind):
+    for rows in ("two", "zero", "constant", "one that differs"):
+        sae = kind.make()
+        x, target = kind.batch(sae, 2 if rows == "two" else 9)
+        if rows != "two":
+            x, target = (t if t is None else torch.full_like(t, float(rows != "zero")) for t in (x, target))
+        if rows == "one that differs":
+            x[4] *= 100
+        sae.fit_start_(x, target=target)
+        for name, tensor in sae.state_dict().items():
+            assert tensor.isfinite().all(), (rows, name)
+        assert sae.loss(*kind.batch(sae, 9)).total.isfinite(), rows
+        for weight in sae.unit_weights():
+            torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))
 
 
 def test_a_configuration_builds_the_module_again(kind, tmp_path):
@@ -79,7 +78,7 @@ def test_a_configuration_builds_the_module_again(kind, tmp_path):
     assert ("W_skip" in names) == (kind.module == "skip-transcoder")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_have_the_dtype_asked_for_and_exact_ones_their_own(kind, dtype):
     made, cast = kind.make(dtype=dtype), kind.perturbed()
     x, target = kind.batch(cast, 9)
@@ -106,7 +105,7 @@ def test_a_module_in_half_precision_trains_as_one_in_float32(kind):
     losses = []
     for dtype in (torch.bfloat16, torch.float32):
         trainer = sk.Trainer(kind.make(dtype=dtype), lr=3e-3, warmup_steps=0)
-        losses.append(torch.stack([trainer.step(x, target).loss for _ in range(10)]))
+        losses.append(torch.stack([trainer.step(x, target).loss for _ in range(4)]))
     torch.testing.assert_close(*losses, rtol=0.05, atol=0)
 
 
@@ -131,10 +130,10 @@ def test_a_batch_that_is_not_finite_changes_nothing(kind, fresh):
 def test_codes_in_evaluation_do_not_depend_on_the_batch(kind):
     sae = kind.make()
     trainer = sk.Trainer(sae, warmup_steps=0)
-    for _ in range(3):
+    for _ in range(2):
         trainer.step(*kind.batch(sae, 30))
     sae.eval()
-    x, _ = kind.batch(sae, 30)
+    x, _ = kind.batch(sae, 9)
     whole = sae.encode(x).to_dense()
     alone = torch.cat([sae.encode(row).to_dense().view(1, -1) for row in x.split(1)])
     torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
