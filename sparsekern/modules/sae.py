@@ -344,9 +344,9 @@ class SAE(nn.Module):
     def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
         """FVU of the residual under its reconstruction from the dead rows; 0 where none is used."""
         k = min(self.aux_k, dead.rows.numel())
-        absolute, bias = self.activation.absolute, self.b_enc[dead.rows]
+        bias, absolute = self.b_enc[dead.rows], self.activation.absolute
         rows = gather_rows(self._encoder(), dead.rows)
-        if dead.used is not None:  # the places beyond the dead ones never fire
+        if dead.used is not None:  # the places beyond the dead ones never fire: the least there is, or of no size
             bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
             rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
         codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=absolute)

@@ -238,7 +238,7 @@ def test_losses_of_equal_parts_add_up_to_that_of_the_batch(kind):
 @pytest.mark.parametrize("backend", ["", "reference"])
 def test_training_equals_the_definition_under_torch_adam(kind, backend, monkeypatch):
     monkeypatch.setenv("SPARSEKERN_BACKEND", backend)  # empty for none: the kernels, where there are any
-    rows, lr, clip_norm = 30, 1e-2, 0.5  # the norm is above it in some steps, and below in others
+    rows, lr, clip_norm = 30, 1e-2, 3.0  # the norm is above it in some steps, and below in others
     mine = kind.perturbed(aux_coefficient=0.3, aux_k=5, dead_after=2 * rows)
     mine.normalize_decoder_()
     theirs = copy.deepcopy(mine).double()
