@@ -54,6 +54,9 @@ class Activation(nn.Module):
     exact: ClassVar[tuple[str, ...]] = ()
     screen: str
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def bind_(self, d_sae: int) -> None:
         """Make what has an entry a latent; ValueError where this activation cannot serve `d_sae` of them."""
 
@@ -94,6 +97,8 @@ class Activation(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype != old.dtype:
                 tensor.data = old.to(tensor.device)
+                if tensor.grad is not None:
+                    tensor.grad.data = tensor.grad.to(old.dtype)
         return self
 
 
@@ -290,6 +295,13 @@ class BatchTopK(Activation):
             return batch_topk_encode(x, W_enc, b_enc, self.k, self.screen, center), None
         return threshold_encode(x, W_enc, b_enc, self.threshold, self.screen, center), None
 
+    def train(self, mode: bool = True) -> BatchTopK:
+        """Into training mode, or out of it: then it looks whether there is a threshold, and waits for the device."""
+        if not mode:
+            self._has_threshold = bool(self.batches_seen > 0)
+        super().train(mode)
+        return self
+
     def count_(self, codes: Codes, finite: Tensor) -> None:
         """Move the threshold."""
         least = torch.where(codes.values > 0, codes.values, torch.inf).min().double()
@@ -297,11 +309,10 @@ class BatchTopK(Activation):
         rate = torch.where(self.batches_seen == 0, 1.0, self.threshold_rate)
         self.threshold += torch.where(counts, rate * (least - self.threshold), 0)
         self.batches_seen += counts
-        self._has_threshold = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_threshold = bool(state_dict.get(f"{prefix}batches_seen", 0))
+        self._has_threshold = bool(self.batches_seen > 0)
 
     def rescale_(self, factor: Tensor) -> None:
         """Scales the threshold."""
@@ -317,7 +328,8 @@ class Penalized(Activation):
     def __init__(self, warmup_tokens: int, start_l0: int, screen: str) -> None:
         super().__init__()
         check_k_and_screen(start_l0, screen, "start_l0")
-        check_coefficients(warmup_tokens=warmup_tokens)
+        if not isinstance(warmup_tokens, int) or warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens must be a whole number of at least 0, got {warmup_tokens!r}")
         self.warmup_tokens, self.start_l0, self.screen = warmup_tokens, start_l0, screen
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
@@ -411,7 +423,8 @@ class JumpReLU(Penalized):
 
     The threshold θ is trained through straight-through estimators: with ``K = 1[|pre − θ| < bandwidth / 2]``,
     ``dz/dθ = −(θ / bandwidth) K`` and ``dL0/dθ = −K / bandwidth``. The part ``sparsity`` of the loss is
-    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``.
+    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``, with the mean over
+    the batch: one token may have more latents than another at no price.
 
     Parameters
     ----------
@@ -441,8 +454,9 @@ class JumpReLU(Penalized):
     References
     ----------
     Rajamanoharan et al., *Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders* (arXiv
-    2407.14435), sections 3 and 4; Gemma Scope 2 (2025) for the target; Conerly et al., *Dictionary learning
-    optimization techniques* (Anthropic, January 2025), for the pre-activation loss.
+    2407.14435), sections 3 and 4; the ``JumpReluTrainer`` of dictionary_learning for the target (that of Gemma Scope 2
+    is for every token); Conerly et al., *Dictionary learning optimization techniques* (Anthropic, January 2025), for
+    the pre-activation loss.
     """
 
     name = "jumprelu"
@@ -523,7 +537,8 @@ class JumpReLU(Penalized):
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
         """Put all thresholds where `start_l0` latents a token pass."""
-        self.length.copy_(batch.length)
+        if batch.length > 0:
+            self.length.copy_(batch.length)
         cut = self.start_cut(sae, batch.x)
         if cut > 0:
             self.log_threshold.fill_(cut.log())
@@ -592,7 +607,8 @@ class Gated(Penalized):
         }
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
-        """Lower the gates' biases."""
+        """Lower the gates' biases; magnitudes are what they gate before that."""
+        self.b_mag.copy_(sae.b_enc)
         sae.b_enc.sub_(self.start_cut(sae, batch.x))
 
     def rescale_(self, factor: Tensor) -> None:
@@ -623,7 +639,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(pre: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
-        return (pre > threshold).to(pre.dtype)
+        return (pre > threshold).to(torch.promote_types(pre.dtype, threshold.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -645,10 +661,10 @@ def check_k_and_screen(k: int, screen: str, name: str = "k") -> None:
 
 
 def check_coefficients(**numbers: float) -> None:
-    """None is negative."""
+    """None is negative, infinite or NaN."""
     for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must not be negative and must be finite, got {number}")
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,11 +74,18 @@ class MatryoshkaSAE(SAE):
             prefixes = [d_sae] * (n_random + 1)
         elif prefixes is None:
             prefixes = sorted({max(1, round(fraction * d_sae)) for fraction in _FRACTIONS})
-        elif list(prefixes) != sorted({*prefixes, d_sae}) or prefixes[0] < 1:
-            raise ValueError(f"prefixes must rise from at least 1 to d_sae={d_sae}, got {list(prefixes)}")
+        elif (
+            not all(isinstance(size, int) for size in prefixes)
+            or list(prefixes) != sorted({*prefixes, d_sae})
+            or prefixes[0] < 1
+        ):
+            raise ValueError(
+                f"prefixes must be whole numbers that rise from at least 1 to d_sae={d_sae}, got {list(prefixes)}"
+            )
         self.prefixes, self.n_random = tuple(prefixes), n_random
         self.weights = (1.0,) * len(self.prefixes) if weights is None else tuple(weights)
-        if len(self.weights) != len(self.prefixes) or min(self.weights) < 0 or self.weights[-1] == 0:
+        fitting = len(self.weights) == len(self.prefixes) and all(0 <= weight < math.inf for weight in self.weights)
+        if not fitting or self.weights[-1] == 0:
             raise ValueError(
                 f"weights must be {len(self.prefixes)} numbers, one a prefix, none negative and the last above 0, "
                 f"got {list(self.weights)}"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes
+from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes, check_coefficients
 from sparsekern.modules.dead import DeadBound, dead_rows
 from sparsekern.modules.initialization import geometric_median, unit_rows
 from sparsekern.modules.last_batch import LastBatch
@@ -147,15 +147,15 @@ class SAE(nn.Module):
         check_counts(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if not isinstance(activation, Activation):
             raise ValueError(f"activation must be an Activation such as sparsekern.TopK(32), got {activation!r}")
-        if aux_coefficient is not None and aux_coefficient < 0:
-            raise ValueError(f"aux_coefficient must not be negative, got {aux_coefficient}")
-        if aux_k is not None and aux_k < 1:
-            raise ValueError(f"aux_k must be at least 1, got {aux_k}")
+        if aux_coefficient is not None:
+            check_coefficients(aux_coefficient=aux_coefficient)
+        if aux_k is not None:
+            check_counts(aux_k=aux_k)
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.tied, self.pre_bias = tied, pre_bias
         self.activation = copy.deepcopy(activation).train()
         self.activation.bind_(d_sae)
-        self.activation.to(device=device)
+        self.activation.to(device=device, dtype=dtype)
         self.unit_decoder = (activation.unit_decoder and not tied) if unit_decoder is None else unit_decoder
         self.aux_coefficient = activation.aux_coefficient if aux_coefficient is None else aux_coefficient
         self.aux_k = aux_k or max(1, d_in // 2)
@@ -223,8 +223,8 @@ class SAE(nn.Module):
 
         To accumulate gradients over equal parts of a batch, give each the whole batch's `variance` and divide their
         losses by their number: this adds up to the loss of the whole batch, but for what a part decides by itself:
-        AuxK, the selection of a BatchTopK, a `target_l0`, the balance of experts, random prefixes, and the length that
-        a hierarchy's L1 is measured in. A penalty that warms up is warmer in a later part.
+        AuxK, what a BatchTopK selects, how far a JumpReLU is from its target, the balance of experts, random prefixes,
+        and the length that a hierarchy's L1 is measured in. A penalty that warms up is warmer in a later part.
 
         Compiled by ``torch.compile`` it is one graph. There AuxK is always a part, 0 where no latent is dead, and has
         `aux_k` slots a token whatever their number; their rows are still all that is encoded for it. On a GPU it waits
@@ -349,7 +349,7 @@ class SAE(nn.Module):
     def latent_norms(self) -> Tensor:
         """Norms of the decoder's rows, ``[d_sae]``; differentiable where they are free."""
         if self.unit_decoder:
-            return self.b_enc.new_ones(self.d_sae)
+            return self.b_enc.new_ones(self.d_sae, dtype=torch.promote_types(self.b_enc.dtype, torch.float32))
         return row_norms(self.W_dec).squeeze(1)
 
     def _auxk(self, x: Tensor, residual: Tensor, room: int | None) -> Tensor | None:
@@ -359,7 +359,7 @@ class SAE(nn.Module):
             mask = self.dead_mask()
             k = min(self.aux_k, self.d_sae)
             codes = topk_among(x, self._encoder(), self.b_enc, mask, k, center=center, absolute=absolute)
-            return fvu_of(sparse_decode(codes, self.W_dec) - residual, residual) * mask.any()
+            return self._fvu_of_rest(sparse_decode(codes, self.W_dec), x, residual) * mask.any()
         dead = dead_rows(self.dead_mask(), room)
         if not dead.rows.numel():
             return None
@@ -370,8 +370,11 @@ class SAE(nn.Module):
             bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
             rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
         codes = topk_encode(x, rows, bias, k, center=center, absolute=absolute)
-        fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
+        fvu = self._fvu_of_rest(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)), x, residual)
         return fvu if dead.used is None else fvu * dead.used.any()
+
+    def _fvu_of_rest(self, recon: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fvu(recon - residual, Batch(x, residual, self.variance_of(residual)))
 
     # The weights with a row a latent, the constraint on the decoder, and the start
 
@@ -436,8 +439,11 @@ class SAE(nn.Module):
         self.b_dec[:] = centers[center](target)
 
     def _fit_scale_(self, batch: Batch) -> None:
-        recon = self(batch.x) - self.b_dec
-        scale = (recon * (batch.target - self.b_dec)).sum() / recon.square().sum()
+        if self.tied and self.unit_decoder:
+            return  # the rows have their length
+        offset = self.offset(batch.x)
+        decoded = self(batch.x) - offset
+        scale = (decoded * (batch.target - offset)).sum() / decoded.square().sum()
         if scale > 0:  # not on constant rows, which have nothing to fit
             self._rescale_encoder_(scale.sqrt() if self.tied else scale)
 
@@ -486,9 +492,9 @@ class SAE(nn.Module):
         kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
         if name not in kinds:
             raise ValueError(f"the configuration is of class {name!r}, not {' or '.join(kinds)}")
-        if "activation" in options:
-            options["activation"] = _activation(dict(options["activation"]))
         try:
+            if "activation" in options:
+                options["activation"] = _activation(dict(options["activation"]))
             return kinds[name](dtype=dtype, **options)
         except TypeError as error:
             raise ValueError(f"the configuration does not fit {name}: {error}") from error
@@ -537,8 +543,3 @@ def mean_square(rows: Tensor) -> Tensor:
 def at_least_tiny(number: Tensor) -> Tensor:
     """To divide by."""
     return number.clamp_min(torch.finfo(number.dtype).tiny)
-
-
-def fvu_of(error: Tensor, target: Tensor) -> Tensor:
-    """Share of the variance of `target` ``[B, d]`` that is `error`, in float32 at least."""
-    return mean_square(error) / at_least_tiny(mean_square(centred_rows(target)))
