@@ -1,7 +1,7 @@
 """sparsekern's training steps by architecture, and the table of all contenders.
 
-To add an architecture: its name in :data:`sparsekern.bench.options.ARCHITECTURES`, a class here and in :data:`OURS`, and
-the peers that have it in :data:`sparsekern.bench.peers.PEERS`.
+To add an architecture: its name in :data:`sparsekern.bench.options.ARCHITECTURES`, a class here and in :data:`OURS`,
+and the peers that have it in :data:`sparsekern.bench.peers.PEERS`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +40,17 @@ def largest(pre_activations: Tensor, k: int) -> float:
 
 
 class SparsifyMultiTopK(Sparsify):
-    """``sparsify.SparseCoder`` with ``multi_topk``, in the order of sparsify's ``Trainer.fit``: FVU and an eighth of the
-    FVU of 4k latents, which its backward pass gives to the decoder alone; otherwise as for TopK.
+    """``sparsify.SparseCoder`` with ``multi_topk``, in the order of sparsify's ``Trainer.fit``: FVU and an eighth of
+    the FVU of 4k latents, which its backward pass gives to the decoder alone; otherwise as for TopK.
     """
 
-    options = {"multi_topk": True}
+    options: ClassVar[dict[str, Any]] = {"multi_topk": True}
 
 
 class SparsifyGroupMax(Sparsify):
     """``sparsify.SparseCoder`` with ``activation="groupmax"``; otherwise as for TopK."""
 
-    options = {"activation": "groupmax"}
+    options: ClassVar[dict[str, Any]] = {"activation": "groupmax"}
 
 
 class SparsifyTranscoder(Sparsify):
@@ -59,7 +58,7 @@ class SparsifyTranscoder(Sparsify):
     ``torch.optim.Adam``, the decoder starts at zero and is not constrained.
     """
 
-    options = {"transcode": True}
+    options: ClassVar[dict[str, Any]] = {"transcode": True}
     layers = 2
 
     def inputs(self, layers: Tensor) -> tuple[Tensor, ...]:
@@ -69,7 +68,7 @@ class SparsifyTranscoder(Sparsify):
 class SparsifySkipTranscoder(SparsifyTranscoder):
     """The same with ``skip_connection``."""
 
-    options = {"transcode": True, "skip_connection": True}
+    options: ClassVar[dict[str, Any]] = {"transcode": True, "skip_connection": True}
 
 
 # SAELens
@@ -269,8 +268,8 @@ class DictionaryLearningLp(DictionaryLearningReLU):
 
 
 class DictionaryLearningGated(DictionaryLearning):
-    """``dictionary_learning``'s ``GatedSAETrainer.update``: squared errors of the codes and, with a detached decoder, of
-    the gates, L1 of the gates, its Adam, which projects the gradient and normalizes the decoder; it clips nothing.
+    """``dictionary_learning``'s ``GatedSAETrainer.update``: squared errors of the codes and, with a detached decoder,
+    of the gates, L1 of the gates, its Adam, which projects the gradient and normalizes the decoder; it clips nothing.
     """
 
     sparsity = 0.05
@@ -346,8 +345,8 @@ def overcomplete_sae() -> Any:
 
 
 class TorchCrosscoder(Torch):
-    """A TopK crosscoder over 4 layers in plain PyTorch: one dense matmul of all layers' activations, ReLU, topk, scatter,
-    dense matmul; FVU, projected gradient, clip 1.0, fused Adam, unit-norm decoder.
+    """A TopK crosscoder over 4 layers in plain PyTorch: one dense matmul of all layers' activations, ReLU, topk,
+    scatter, dense matmul; FVU, projected gradient, clip 1.0, fused Adam, unit-norm decoder.
     """
 
     layers = 4
@@ -382,8 +381,8 @@ class TorchCrosscoder(Torch):
 
 
 class TorchCrossLayer(Contender):
-    """A TopK cross-layer transcoder of 4 layers in plain PyTorch: a dense matmul, ReLU, topk and scatter for each layer,
-    and a dense matmul from each layer to itself and every later one; FVU of all targets, clip 1.0, fused Adam.
+    """A TopK cross-layer transcoder of 4 layers in plain PyTorch: a dense matmul, ReLU, topk and scatter for each
+    layer, and a dense matmul from each to itself and every later one; FVU of all targets, clip 1.0, fused Adam.
     """
 
     layers = 5

@@ -3,7 +3,7 @@
 ::
 
     python -m sparsekern.bench.versus_peers STORE --seed 0 1 --output versus_peers.json
-    python -m sparsekern.bench.versus_peers STORE --architectures transcoder cross-layer --layers STORE STORE … --output …
+    python -m sparsekern.bench.versus_peers STORE --architectures transcoder --layers STORE STORE … --output …
     python -m sparsekern.bench.versus_peers --table bench/results/versus_peers.json
 
 Every arm sees the same batches in the same order, for the same number of steps, at the same learning rates, in float32.
@@ -161,21 +161,20 @@ def next_sparsity(points: list[Point], start: float, target: float, aims: bool) 
     if not points:
         return start
     below, above = neighbours(points, target)
-    if below and above:
-        if above.l0 <= CLOSE * below.l0:
-            return None
-        share = math.log(target / below.l0) / math.log(above.l0 / below.l0)
-        return below.sparsity * (above.sparsity / below.sparsity) ** share
-    nearest = below or above
+    if below and above and above.l0 <= CLOSE * below.l0:
+        return None
+    # Aim at the other side of the target, so as to enclose it.
+    from_below = above is None or (below is not None and target / below.l0 < above.l0 / target)
+    nearest = below if from_below else above
     assert nearest is not None
+    aim = target * (1.15 if from_below else 1 / 1.15)
     slope = 1.0 if aims else -1.0
     others = [point for point in points if point.l0 != nearest.l0 and point.sparsity != nearest.sparsity]
     if others:
-        other = min(others, key=lambda point: abs(math.log(point.l0 / nearest.l0)))
+        other = (above if from_below else below) or min(others, key=lambda p: abs(math.log(p.l0 / nearest.l0)))
         found = math.log(other.l0 / nearest.l0) / math.log(other.sparsity / nearest.sparsity)
         slope *= min(3.0, max(0.3, found / slope))
-    beyond = target * (1.15 if below else 1 / 1.15)  # on the other side, so as to enclose it
-    return nearest.sparsity * min(30.0, max(1 / 30, (beyond / nearest.l0) ** (1 / slope)))
+    return nearest.sparsity * min(30.0, max(1 / 30, (aim / nearest.l0) ** (1 / slope)))
 
 
 def neighbours(points: list[Point], target: float) -> tuple[Point | None, Point | None]:
@@ -247,7 +246,7 @@ def fvu_at_k(runs: list[dict[str, Any]], name: str, seed: int, k: int) -> float 
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: FVU at k active latents, seed by seed, and its ratio to each peer's; bold beyond the bar."""
+    """The report as Markdown: FVU at k active latents and ratio to each peer's, seed by seed; bold beyond the bar."""
     k, runs = report["settings"]["k"], report["runs"]
     names = list(dict.fromkeys(run["contender"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
@@ -261,7 +260,8 @@ def table(report: dict[str, Any]) -> str:
             continue
         found = [(fvu_at_k(runs, own, seed, k), fvu_at_k(runs, name, seed, k)) for seed in seeds]
         ratios = [ours / theirs if ours and theirs else None for ours, theirs in found]
-        cells = [", ".join("–" if value is None else f"{value:.4f}" for value in column) for column in zip(*found)]
+        columns = zip(*found, strict=True)
+        cells = [", ".join("–" if value is None else f"{value:.4f}" for value in column) for column in columns]
         marked = ["–" if r is None else f"**{r:.3f}**" if r > BAR else f"{r:.3f}" for r in ratios]
         lines.append(f"| {own} | {name.removeprefix(own + '-')} | {' | '.join(cells)} | {', '.join(marked)} |")
     return "\n".join(lines)
