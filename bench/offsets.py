@@ -70,11 +70,11 @@ def contents(shape: Shape) -> dict[str, Interval]:
     rows, _, n, k = shape
     entries, pieces = rows * k, 2 * rows * k // SPLIT
     latent, entry, place = (-1, n - 1), (0, entries - 1), (0, entries)
-    found = {"start": place, "order": entry, "piece_start": (0, pieces)}
+    found = {"start": place, "order": entry, "row_of": (0, rows - 1), "piece_start": (0, pieces)}
     found |= {f"other_{name}": bounds for name, bounds in found.items()}
     found |= {"indices": latent, "candidates": latent, "col": latent, "placed": entry, "cursor": place, "crow": place}
     # Where a count stands for "too many" it is the largest number there is.
-    return found | {"row_of": (0, rows - 1), "piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
+    return found | {"piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
 
 
 def routed_contents(shape: Shape, routing: tuple[int, int]) -> dict[str, Interval]:

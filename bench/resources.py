@@ -219,7 +219,8 @@ def launches(shape: Shape, arch: int) -> list[Any]:
                     csr_encode.mark(x[:256], weight, bias, threshold, screened, slice(0, 256))
         weight, grad = _empty(n, d), _empty(rows, d)
         part = OuterProducts(_empty(rows, k), _empty(rows, k, dtype=torch.int32), grad)
-        for parts in ([part], [part, part]):
+        entries = OuterProducts(_empty(rows * k), _empty(rows * k, dtype=torch.int32), grad, _empty(rows + 1).long())
+        for parts in ([part], [part, part], [entries], [part, entries]):
             factors = triton.SortedFactors(parts, n)
             clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
             dtypes = (encode.SCREEN_DTYPE, torch.bfloat16, torch.float8_e4m3fn)[: 2 + (arch >= 89)]

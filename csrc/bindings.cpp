@@ -65,6 +65,14 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// index, rows, k, crow: see Codes.
+using Entries = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t>;
+
+Codes codes_at(const Entries& entries, std::int64_t d_sae) {
+    const auto [index, rows, k, crow] = entries;
+    return {at<const std::int32_t>(index), rows, k, d_sae, at<const std::int64_t>(crow)};
+}
+
 // Addresses, or 0 for none: packed, scale, error, norm.
 Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
     return {at<std::uint8_t>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
@@ -73,14 +81,15 @@ Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
 // count, active, order, offsets, apart, screened: see Experts; a count of 0 for none.
 using Routed = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t, bool, bool>;
 
-// start, order, values, k, vectors, stride: see OuterProducts.
-using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+// start, order, values, k, vectors, stride, row: see OuterProducts.
+using Part = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t,
+                        std::uintptr_t>;
 
 std::vector<OuterProducts> outer_products(const std::vector<Part>& parts) {
     std::vector<OuterProducts> found;
-    for (const auto& [start, order, values, k, vectors, stride] : parts)
+    for (const auto& [start, order, values, k, vectors, stride, row] : parts)
         found.push_back({{at<std::int32_t>(start), at<std::int32_t>(order)}, at<const float>(values), k,
-                         at<const float>(vectors), stride});
+                         at<const float>(vectors), stride, at<const std::int32_t>(row)});
     return found;
 }
 
@@ -105,12 +114,11 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "sparse_decode",
-        [](int itemsize, std::uintptr_t index, std::uintptr_t values, std::uintptr_t weight, std::int64_t weight_stride,
-           std::uintptr_t bias, std::uintptr_t out, std::int64_t rows, std::int64_t k, std::int64_t d_sae,
-           std::int64_t d, int threads) {
+        [](int itemsize, const Entries& entries, std::uintptr_t values, std::uintptr_t weight, std::int64_t weight_stride,
+           std::uintptr_t bias, std::uintptr_t out, std::int64_t d_sae, std::int64_t d, int threads) {
             with_type(itemsize, [&](auto zero) {
                 using T = decltype(zero);
-                products<T>().sparse_decode({at<const std::int32_t>(index), rows, k, d_sae}, at<const T>(values),
+                products<T>().sparse_decode(codes_at(entries, d_sae), at<const T>(values),
                                             at<const T>(weight), weight_stride, at<const T>(bias), at<T>(out), d,
                                             threads);
             });
@@ -119,12 +127,11 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "gather_dot",
-        [](int itemsize, std::uintptr_t index, std::uintptr_t weight, std::int64_t weight_stride, std::uintptr_t grad,
-           std::int64_t grad_stride, std::uintptr_t out, std::int64_t rows, std::int64_t k, std::int64_t d_sae,
-           std::int64_t d, int threads) {
+        [](int itemsize, const Entries& entries, std::uintptr_t weight, std::int64_t weight_stride, std::uintptr_t grad,
+           std::int64_t grad_stride, std::uintptr_t out, std::int64_t d_sae, std::int64_t d, int threads) {
             with_type(itemsize, [&](auto zero) {
                 using T = decltype(zero);
-                products<T>().gather_dot({at<const std::int32_t>(index), rows, k, d_sae}, at<const T>(weight),
+                products<T>().gather_dot(codes_at(entries, d_sae), at<const T>(weight),
                                          weight_stride, at<const T>(grad), grad_stride, at<T>(out), d, threads);
             });
         },
@@ -132,11 +139,11 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "scatter_outer",
-        [](int itemsize, std::uintptr_t index, std::uintptr_t values, std::uintptr_t grad, std::int64_t grad_stride,
-           std::uintptr_t out, std::int64_t rows, std::int64_t k, std::int64_t d_sae, std::int64_t d, int threads) {
+        [](int itemsize, const Entries& entries, std::uintptr_t values, std::uintptr_t grad, std::int64_t grad_stride,
+           std::uintptr_t out, std::int64_t d_sae, std::int64_t d, int threads) {
             with_type(itemsize, [&](auto zero) {
                 using T = decltype(zero);
-                products<T>().scatter_outer({at<const std::int32_t>(index), rows, k, d_sae}, at<const T>(values),
+                products<T>().scatter_outer(codes_at(entries, d_sae), at<const T>(values),
                                             at<const T>(grad), grad_stride, at<T>(out), d, threads);
             });
         },

@@ -44,9 +44,20 @@ class SparseCodes(NamedTuple):
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return dense.scatter_add(-1, self.indices.long(), self.values)
 
+    def to_csr(self) -> CSRCodes:
+        """The same codes in CSR form: by rising latent, all slots of a token. Differentiable."""
+        indices, order = self.indices.reshape(self.tokens, self.k).sort(dim=1)
+        values = self.values.reshape(self.tokens, self.k).gather(1, order)
+        crow = self.k * torch.arange(self.tokens + 1, device=order.device)
+        return CSRCodes(crow, indices.flatten(), values.flatten(), self.d_sae)
+
     def l0(self) -> Tensor:
         """Active latents of each token, ``[...]`` int64."""
         return (self.values != 0).sum(-1)
+
+    def values_of(self, latent: int) -> Tensor:
+        """The activation of one latent on each token, ``[...]``."""
+        return torch.where(self.indices == latent, self.values, 0).sum(-1)
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""
@@ -90,6 +101,11 @@ class CSRCodes(NamedTuple):
     def l0(self) -> Tensor:
         """Active latents of each token, ``[B]`` int64."""
         return _counts(self.rows(), self.values != 0, self.tokens)
+
+    def values_of(self, latent: int) -> Tensor:
+        """The activation of one latent on each token, ``[B]``."""
+        values = torch.where(self.col == latent, self.values, 0)
+        return values.new_zeros(self.tokens).index_add(0, self.rows(), values)
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""

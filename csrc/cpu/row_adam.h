@@ -25,10 +25,13 @@ void sort_slots(const std::int32_t* index, std::int64_t slots, std::int64_t n, c
 
 struct OuterProducts {
     SortedSlots slots;
-    const float* values;   // [rows, k]
+    const float* values;      // [rows, k], or [entries] of codes in CSR form
     std::int64_t k;
-    const float* vectors;  // [rows, d]
-    std::int64_t stride;   // between its rows, in elements
+    const float* vectors;     // [rows, d]
+    std::int64_t stride;      // between its rows, in elements
+    const std::int32_t* row;  // [entries]: the row of each, or nullptr for k slots in every row
+
+    const float* vector(std::int32_t slot) const { return vectors + (row ? row[slot] : slot / k) * stride; }
 };
 
 struct RowGradient {

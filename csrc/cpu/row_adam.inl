@@ -16,16 +16,16 @@ namespace {
         for (; slot + 4 <= end; slot += 4) {
             const float v0 = part.values[slot[0]], v1 = part.values[slot[1]];
             const float v2 = part.values[slot[2]], v3 = part.values[slot[3]];
-            const float* x0 = part.vectors + slot[0] / part.k * part.stride;
-            const float* x1 = part.vectors + slot[1] / part.k * part.stride;
-            const float* x2 = part.vectors + slot[2] / part.k * part.stride;
-            const float* x3 = part.vectors + slot[3] / part.k * part.stride;
+            const float* x0 = part.vector(slot[0]);
+            const float* x1 = part.vector(slot[1]);
+            const float* x2 = part.vector(slot[2]);
+            const float* x3 = part.vector(slot[3]);
 #pragma omp simd
             for (std::int64_t c = 0; c < g.d; ++c) row[c] += (v0 * x0[c] + v1 * x1[c]) + (v2 * x2[c] + v3 * x3[c]);
         }
         for (; slot < end; ++slot) {
             const float v = part.values[*slot];
-            const float* x = part.vectors + *slot / part.k * part.stride;
+            const float* x = part.vector(*slot);
 #pragma omp simd
             for (std::int64_t c = 0; c < g.d; ++c) row[c] += v * x[c];
         }

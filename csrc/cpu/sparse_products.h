@@ -8,6 +8,9 @@
 //     gather_dot     dT/dv :  out[b, j] = <W[index[b, j]], g[b]>
 //     scatter_outer  dT/dW :  out[i]    = sum over (b, j) with index[b, j] == i of  v[b, j] * g[b]
 //
+// Rows have k slots each, or any number of them (codes in CSR form). Threads share slots, not rows, and results do not
+// depend on how many threads there are.
+//
 // All arrays are row-major with unit stride along the last axis; `*_stride` is the distance between rows in elements.
 // `index` holds int32 latent numbers in [0, d_sae), checked by the caller. Row offsets are 64-bit throughout.
 #pragma once
@@ -16,11 +19,16 @@
 
 namespace sparsekern {
 
+// Slots, or entries, of one row after the other: k in each row, or those from crow[b] to crow[b + 1].
 struct Codes {
-    const std::int32_t* index;  // [rows, k], contiguous
+    const std::int32_t* index;  // contiguous
     std::int64_t rows;
     std::int64_t k;
     std::int64_t d_sae;
+    const std::int64_t* crow = nullptr;  // [rows + 1], or nullptr for k slots in every row
+
+    std::int64_t begin(std::int64_t b) const { return crow ? crow[b] : b * k; }
+    std::int64_t slots() const { return begin(rows); }
 };
 
 template <class T>

@@ -36,15 +36,37 @@ void decode_row(const std::int32_t* index, const T* values, std::int64_t k, cons
     }
 }
 
+// The first row of which `work(b)`, what lies before row b, is at least `share`; `rows` where there is none.
+template <class Work>
+std::int64_t row_at(std::int64_t share, std::int64_t rows, const Work& work) {
+    std::int64_t low = 0, high = rows;
+    while (low < high) {
+        const std::int64_t middle = (low + high) / 2;
+        if (work(middle) < share) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
 template <class T>
 void sparse_decode(const Codes& codes, const T* values, const T* weight, std::int64_t weight_stride, const T* bias,
                    T* out, std::int64_t d, int threads) {
     if (d == 0) return;  // no memory to write to
-    threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t b = begin; b < end; ++b)
-            decode_row(codes.index + b * codes.k, values + b * codes.k, codes.k, weight, weight_stride, bias,
-                       out + b * d, d);
+    threads = useful_threads(2.0 * codes.slots() * d, threads);
+    // Parts hold equal shares of the work, where an output row counts as one slot. A row that lies in several parts is
+    // shared by columns, so that each element is still one sum in one order.
+    const auto work = [=](std::int64_t b) { return codes.begin(b) + b; };
+    parallel_for(work(codes.rows), threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
+        if (begin == end) return;
+        for (std::int64_t b = row_at(begin + 1, codes.rows, work) - 1; b < codes.rows && work(b) < end; ++b) {
+            const std::int64_t first = codes.begin(b), slots = codes.begin(b + 1) - first;
+            const auto column = [=](std::int64_t share) {  // in whole cache lines
+                const std::int64_t inside = std::min(std::max<std::int64_t>(share - work(b), 0), slots + 1);
+                return inside == slots + 1 ? d : d * inside / (slots + 1) / 16 * 16;
+            };
+            const std::int64_t left = column(begin), right = column(end);
+            decode_row(codes.index + first, values + first, slots, weight + left, weight_stride,
+                       bias ? bias + left : nullptr, out + b * d + left, right - left);
+        }
     });
 }
 
@@ -59,10 +81,11 @@ T dot(const T* a, const T* b, std::int64_t d) {
 template <class T>
 void gather_dot(const Codes& codes, const T* weight, std::int64_t weight_stride, const T* grad,
                 std::int64_t grad_stride, T* out, std::int64_t d, int threads) {
-    threads = useful_threads(2.0 * codes.rows * codes.k * d, threads);
-    parallel_for(codes.rows, threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t b = begin; b < end; ++b)
-            for (std::int64_t s = b * codes.k; s < (b + 1) * codes.k; ++s)
+    threads = useful_threads(2.0 * codes.slots() * d, threads);
+    parallel_for(codes.slots(), threads, kPartsPerThread * threads, [=](std::int64_t begin, std::int64_t end) {
+        std::int64_t b = row_at(begin + 1, codes.rows, [=](std::int64_t row) { return codes.begin(row); }) - 1;
+        for (std::int64_t s = begin; s < end; ++b)
+            for (const std::int64_t last = std::min(end, codes.begin(b + 1)); s < last; ++s)
                 out[s] = dot(weight + codes.index[s] * weight_stride, grad + b * grad_stride, d);
     });
 }
@@ -71,14 +94,21 @@ template <class T>
 void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int64_t grad_stride, T* out,
                    std::int64_t d, int threads) {
     if (d == 0) return;
-    // Counting sort of the slots by latent (compressed columns): slots of latent i are order[start[i]..start[i + 1]),
+    // Counting sort of the slots by latent (compressed columns): slots of latent i are sorted[start[i]..start[i + 1]),
     // ascending, so that each output row is summed by one thread in a fixed order.
-    const std::int64_t slots = codes.rows * codes.k;
+    struct Slot {
+        T value;
+        std::int32_t row;
+    };
+    const std::int64_t slots = codes.slots();
     std::vector<std::int64_t> start(codes.d_sae + 1, 0);
     for (std::int64_t s = 0; s < slots; ++s) ++start[codes.index[s] + 1];
     for (std::int64_t i = 0; i < codes.d_sae; ++i) start[i + 1] += start[i];
-    std::vector<std::int64_t> order(slots), next(start.begin(), start.end() - 1);
-    for (std::int64_t s = 0; s < slots; ++s) order[next[codes.index[s]]++] = s;
+    std::vector<std::int64_t> next(start.begin(), start.end() - 1);
+    std::vector<Slot> sorted(slots);
+    for (std::int64_t b = 0; b < codes.rows; ++b)
+        for (std::int64_t s = codes.begin(b); s < codes.begin(b + 1); ++s)
+            sorted[next[codes.index[s]]++] = {values[s], static_cast<std::int32_t>(b)};
 
     threads = useful_threads(2.0 * slots * d + 0.25 * codes.d_sae * d, threads);
     // Parts hold equal shares of the work, not of the rows: frequencies are far from even. Clearing a row of fresh memory
@@ -86,12 +116,7 @@ void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int6
     constexpr std::int64_t kRowCost = 6;
     const std::int64_t total = slots + kRowCost * codes.d_sae;
     const auto latent_at = [&](std::int64_t share) {
-        std::int64_t low = 0, high = codes.d_sae;
-        while (low < high) {
-            const std::int64_t middle = (low + high) / 2;
-            if (start[middle] + kRowCost * middle < share) low = middle + 1; else high = middle;
-        }
-        return low;
+        return row_at(share, codes.d_sae, [&](std::int64_t i) { return start[i] + kRowCost * i; });
     };
     parallel_for(total, threads, [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t last = end == total ? codes.d_sae : latent_at(end);
@@ -99,8 +124,8 @@ void scatter_outer(const Codes& codes, const T* values, const T* grad, std::int6
             T* __restrict row = out + i * d;
             std::memset(row, 0, d * sizeof(T));
             for (std::int64_t p = start[i]; p < start[i + 1]; ++p) {
-                const T v = values[order[p]];
-                const T* g = grad + order[p] / codes.k * grad_stride;
+                const T v = sorted[p].value;
+                const T* g = grad + sorted[p].row * grad_stride;
 #pragma omp simd
                 for (std::int64_t c = 0; c < d; ++c) row[c] += v * g[c];
             }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import reference
+from sparsekern.codes import entry_rows
 from sparsekern.factors import OuterProducts
 
 _native: Any
@@ -290,18 +291,27 @@ def routed_topk_encode(
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`sparsekern.backends.reference.sparse_decode`."""
-    values, indices, weight = values.contiguous(), indices.contiguous(), _rows(weight)
+    return _decode(values, indices.contiguous(), None, weight, bias)
+
+
+def csr_decode(values: Tensor, crow: Tensor, col: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`sparsekern.backends.reference.csr_decode`."""
+    return _decode(values, col.contiguous(), crow.contiguous(), weight, bias)
+
+
+def _decode(values: Tensor, indices: Tensor, crow: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    values, weight = values.contiguous(), _rows(weight)
     bias = None if bias is None else bias.contiguous()
-    out = values.new_empty(values.shape[0], weight.shape[1])
+    entries = _entries(indices, crow)
+    out = values.new_empty(entries[1], weight.shape[1])
     _native.sparse_decode(
         values.element_size(),
-        indices.data_ptr(),
+        entries,
         values.data_ptr(),
         weight.data_ptr(),
         weight.stride(0),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        *indices.shape,
         *weight.shape,
         torch.get_num_threads(),
     )
@@ -310,17 +320,25 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
 
 def gather_dot(grad: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """See :func:`sparsekern.backends.reference.gather_dot`."""
-    grad, indices, weight = _rows(grad), indices.contiguous(), _rows(weight)
+    return _gather_dot(grad, indices.contiguous(), None, weight)
+
+
+def csr_gather_dot(grad: Tensor, crow: Tensor, col: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`sparsekern.backends.reference.csr_gather_dot`."""
+    return _gather_dot(grad, col.contiguous(), crow.contiguous(), weight)
+
+
+def _gather_dot(grad: Tensor, indices: Tensor, crow: Tensor | None, weight: Tensor) -> Tensor:
+    grad, weight = _rows(grad), _rows(weight)
     out = grad.new_empty(indices.shape)
     _native.gather_dot(
         grad.element_size(),
-        indices.data_ptr(),
+        _entries(indices, crow),
         weight.data_ptr(),
         weight.stride(0),
         grad.data_ptr(),
         grad.stride(0),
         out.data_ptr(),
-        *indices.shape,
         *weight.shape,
         torch.get_num_threads(),
     )
@@ -329,21 +347,36 @@ def gather_dot(grad: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 def scatter_outer(values: Tensor, indices: Tensor, grad: Tensor, d_sae: int) -> Tensor:
     """See :func:`sparsekern.backends.reference.scatter_outer`."""
-    values, indices, grad = values.contiguous(), indices.contiguous(), _rows(grad)
+    return _scatter_outer(values, indices.contiguous(), None, grad, d_sae)
+
+
+def csr_scatter_outer(values: Tensor, crow: Tensor, col: Tensor, grad: Tensor, d_sae: int) -> Tensor:
+    """See :func:`sparsekern.backends.reference.csr_scatter_outer`."""
+    return _scatter_outer(values, col.contiguous(), crow.contiguous(), grad, d_sae)
+
+
+def _scatter_outer(values: Tensor, indices: Tensor, crow: Tensor | None, grad: Tensor, d_sae: int) -> Tensor:
+    values, grad = values.contiguous(), _rows(grad)
     out = grad.new_empty(d_sae, grad.shape[1])
     _native.scatter_outer(
         values.element_size(),
-        indices.data_ptr(),
+        _entries(indices, crow),
         values.data_ptr(),
         grad.data_ptr(),
         grad.stride(0),
         out.data_ptr(),
-        *indices.shape,
         d_sae,
         grad.shape[1],
         torch.get_num_threads(),
     )
     return out
+
+
+def _entries(indices: Tensor, crow: Tensor | None) -> tuple[int, int, int, int]:
+    """Slots of a fixed number a row, or entries of rows that begin at `crow`, as the kernels take them."""
+    if crow is None:
+        return indices.data_ptr(), *indices.shape, 0
+    return indices.data_ptr(), crow.shape[0] - 1, 0, crow.data_ptr()
 
 
 def weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
@@ -376,7 +409,7 @@ class SortedFactors:
         self._outer_products = parts
         self._alive: list[Tensor] = []
         self._d_sae = d_sae
-        self.parts: list[tuple[int, int, int, int, int, int]] = []
+        self.parts: list[tuple[int, int, int, int, int, int, int]] = []
         sorted_before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for part in parts:
             values, indices, vectors = part.values.contiguous(), part.indices.contiguous(), _rows(part.vectors)
@@ -385,22 +418,27 @@ class SortedFactors:
                 sorted_before[key] = _sort_slots(indices, d_sae)
             start, order = sorted_before[key]
             self._alive += [values, indices, vectors, start, order]
+            rows = None if part.crow is None else entry_rows(part.crow, indices).int()
+            if rows is not None:
+                self._alive.append(rows)
             self.parts.append(
                 (
                     start.data_ptr(),
                     order.data_ptr(),
                     values.data_ptr(),
-                    values.shape[1],
+                    values.shape[1] if rows is None else 0,
                     vectors.data_ptr(),
                     vectors.stride(0),
+                    0 if rows is None else rows.data_ptr(),
                 )
             )
 
     def square_bound(self) -> Tensor:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         lengths = torch.zeros(self._d_sae)
-        for values, indices, vectors, _ in self._outer_products:
-            slots = values.abs() * vectors.norm(dim=1, keepdim=True)
+        for values, indices, vectors, crow in self._outer_products:
+            norms = vectors.norm(dim=1)
+            slots = values.abs() * (norms[:, None] if crow is None else norms[entry_rows(crow, indices)])
             lengths.index_add_(0, indices.flatten(), slots.flatten())
         return 1.001 * lengths.square().sum(dtype=torch.float64)
 

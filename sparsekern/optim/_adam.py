@@ -83,8 +83,7 @@ class Adam:
         factors = {}
         for weight in weights:
             parts = kept[identity(weight)]
-            if weight.grad is not None or any(part.crow is not None for part in parts):
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            if weight.grad is not None:
                 for part in parts:
                     weight.grad += sum_of_outer_products(part, weight.shape[0])
             elif parts and engine is not None:

@@ -8,25 +8,43 @@ using namespace sparsekern::test;
 
 namespace {
 
+// `uneven`: slots belong to rows by chance, as the entries of codes in CSR form do, and none to some rows.
 struct Part {
-    Buffer<std::int32_t> index, start, order;
+    Buffer<std::int32_t> index, start, order, row;
     Buffer<float> values;
     Matrix<float> vectors;
     std::int64_t k;
 
-    Part(std::int64_t rows, std::int64_t k, std::int64_t n, std::int64_t d, Random& random)
-        : index(rows * k), start(n + 1), order(rows * k), values(rows * k), vectors(rows, d, d + 3), k(k) {
-        for (std::int64_t s = 0; s < rows * k; ++s) index[s] = static_cast<std::int32_t>(random.below((n + 1) / 2));
+    bool uneven;
+
+    Part(std::int64_t rows, std::int64_t k, std::int64_t n, std::int64_t d, Random& random, bool uneven = false)
+        : index(rows * k),
+          start(n + 1),
+          order(rows * k),
+          row(rows * k),
+          values(rows * k),
+          vectors(rows, d, d + 3),
+          k(k),
+          uneven(uneven) {
+        for (std::int64_t s = 0; s < rows * k; ++s) {
+            index[s] = static_cast<std::int32_t>(random.below((n + 1) / 2));
+            row[s] = static_cast<std::int32_t>(uneven ? random.below(rows) : s / k);
+        }
+        std::sort(row.data(), row.data() + rows * k);
         fill(values, random, Numbers::real);
         fill(vectors, random, Numbers::real);
         sort_slots(index.data(), rows * k, n, {start.data(), order.data()});
     }
-    OuterProducts view() { return {{start.data(), order.data()}, values.data(), k, vectors.data(), vectors.stride}; }
+    OuterProducts view() {
+        return {{start.data(), order.data()}, values.data(), uneven ? 0 : k,       vectors.data(),
+                vectors.stride,               uneven ? row.data() : nullptr};
+    }
 };
 
-void check_case(std::int64_t rows, std::int64_t k, std::int64_t n, std::int64_t d, bool unit_rows, int most_threads) {
+void check_case(std::int64_t rows, std::int64_t k, std::int64_t n, std::int64_t d, bool unit_rows, int most_threads,
+                bool uneven = false) {
     Random random(11);
-    Part first(rows, k, n, d, random), second(2, 1, n, d, random);
+    Part first(rows, k, n, d, random, uneven), second(2, 1, n, d, random);
     const std::vector<OuterProducts> parts = {first.view(), second.view()};
     std::vector<float> weight(n * d), mean(n * d), square(n * d);
     for (float& w : weight) w = static_cast<float>(draw(random, Numbers::real));
@@ -43,7 +61,7 @@ void check_case(std::int64_t rows, std::int64_t k, std::int64_t n, std::int64_t 
             for (std::int64_t s = 0; s < part->index.size(); ++s)
                 if (part->index[s] == i)
                     for (std::int64_t c = 0; c < d; ++c)
-                        g[c] += double(part->values[s]) * part->vectors.row(s / part->k)[c];
+                        g[c] += double(part->values[s]) * part->vectors.row(part->row[s])[c];
         for (std::int64_t c = 0; c < d; ++c) along += g[c] * weight[i * d + c];
         for (std::int64_t c = 0; c < d; ++c) {
             if (unit_rows) g[c] -= along * weight[i * d + c];
@@ -104,12 +122,14 @@ NATIVE_TEST(row_adam_odd_shapes) {
     for (std::int64_t d : {1, 37, 64, 130})
         for (std::int64_t n : {1, 15, 100})
             for (bool unit_rows : {false, true})
-                if (!kThreadSanitizer || n == 100) check_case(9, 3, n, d, unit_rows, 1);
+                if (!kThreadSanitizer || n == 100)
+                    for (bool uneven : {false, true}) check_case(9, 3, n, d, unit_rows, 1, uneven);
 }
 
 NATIVE_TEST(row_adam_on_threads) {
     check_case(40, 6, 200, 70, true, 4);
     check_case(40, 6, 203, 33, false, 3);
+    check_case(40, 6, 203, 70, true, 4, true);
 }
 
 NATIVE_TEST(row_adam_lets_idle_rows_rest) {

@@ -12,18 +12,23 @@ namespace {
 // Which latents the slots name: any, or all the last one, which leaves the others empty.
 enum class Latents { any, last };
 
+// k slots in every row; or in CSR form as many in all, in lengths from none to 2k, or all in the last row but one.
+enum class Rows { even, uneven, one };
+
 struct Case {
     std::int64_t rows, k, d_sae, d;
     std::int64_t weight_stride, grad_stride;
     Latents latents;
     Numbers numbers;
+    Rows form = Rows::even;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
     return out << "rows " << c.rows << ", k " << c.k << ", d_sae " << c.d_sae << ", d " << c.d << ", strides "
                << c.weight_stride << " and " << c.grad_stride
                << (c.latents == Latents::any ? ", any latents" : ", the last latent")
-               << (c.numbers == Numbers::whole ? ", whole numbers" : ", real numbers");
+               << (c.numbers == Numbers::whole ? ", whole numbers" : ", real numbers")
+               << (c.form == Rows::even ? "" : c.form == Rows::uneven ? ", uneven rows" : ", one row has all");
 }
 
 // Runs product(out, threads) on 1 to 4 threads, each into fresh memory: the first result must be what was expected, the
@@ -61,12 +66,24 @@ void check_case(const Case& c) {
     fill(weight, random, c.numbers);
     fill(grad, random, c.numbers);
 
+    Buffer<std::int64_t> crow(c.rows + 1);
+    std::vector<std::int64_t> row_of;
+    for (std::int64_t b = 0; b < c.rows; ++b) {
+        crow[b] = static_cast<std::int64_t>(row_of.size());
+        const std::int64_t length = c.form == Rows::even           ? c.k
+                                    : c.form == Rows::one          ? (b == std::max<std::int64_t>(0, c.rows - 2)) * slots
+                                    : b + 1 < c.rows ? random.below(std::min(2 * c.k, slots - crow[b]) + 1)
+                                                     : slots - crow[b];
+        row_of.insert(row_of.end(), length, b);
+    }
+    crow[c.rows] = slots;
+
     std::vector<Sum> decoded(c.rows * c.d), dots(slots), outer(c.d_sae * c.d);
     for (std::int64_t s = 0; s < slots; ++s) {
-        Sum* out = decoded.data() + s / c.k * c.d;
+        Sum* out = decoded.data() + row_of[s] * c.d;
         Sum* dw = outer.data() + index[s] * c.d;
         const T* w = weight.row(index[s]);
-        const T* g = grad.row(s / c.k);
+        const T* g = grad.row(row_of[s]);
         const double v = values[s];
         Sum dv;
         for (std::int64_t col = 0; col < c.d; ++col) {
@@ -79,7 +96,8 @@ void check_case(const Case& c) {
     std::vector<Sum> with_bias = decoded;
     for (std::int64_t i = 0; i < c.rows * c.d; ++i) with_bias[i].add(bias[i % c.d]);
 
-    const Codes codes = {index.data(), c.rows, c.k, c.d_sae};
+    const bool even = c.form == Rows::even;
+    const Codes codes = {index.data(), c.rows, even ? c.k : -1, c.d_sae, even ? nullptr : crow.data()};
     const auto tables =
         runnable(sparse_products_generic<T>(), sparse_products_avx2<T>(), sparse_products_avx512<T>());
     for (const auto& [isa, table_] : tables) {
@@ -99,9 +117,12 @@ void check_case(const Case& c) {
     }
 }
 
-void check_types(const Case& c) {
-    check_case<float>(c);
-    check_case<double>(c);
+void check_types(Case c) {
+    for (Rows form : {Rows::even, Rows::uneven, Rows::one}) {
+        c.form = form;
+        check_case<float>(c);
+        check_case<double>(c);
+    }
 }
 
 }  // namespace
@@ -145,6 +166,9 @@ NATIVE_TEST(sparse_products_on_threads) {
         check_types(c);
         c.latents = Latents::last;
         c.numbers = Numbers::whole;
-        check_case<float>(c);
+        for (Rows form : {Rows::even, Rows::one}) {
+            c.form = form;
+            check_case<float>(c);
+        }
     }
 }

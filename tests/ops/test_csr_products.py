@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sparsekern as sk
@@ -37,7 +37,7 @@ SIZES = [(1, 1, 1, 1.0), (1, 5, 7, 0.5), (33, 64, 64, 0.1), (17, 129, 100, 0.02)
 
 
 @pytest.mark.parametrize(("rows", "n", "d", "share"), SIZES)
-def test_values_and_gradients_match_dense(rows, n, d, share):
+def test_values_and_gradients_match_dense(product_backend, rows, n, d, share):
     row, codes = random_codes(rows, n, share)
     weight, bias, grad = torch.randn(n, d), torch.randn(d), torch.randn(rows, d)
     inputs = [t.requires_grad_() for t in (codes.values, weight, bias)]
@@ -53,6 +53,7 @@ def test_values_and_gradients_match_dense(rows, n, d, share):
         assert_no_worse(got.detach(), same.detach(), exact.detach())
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 20),
     st.integers(1, 30),
@@ -62,7 +63,7 @@ def test_values_and_gradients_match_dense(rows, n, d, share):
     st.booleans(),
     st.sampled_from([1, 600, 8 * 2**20]),
 )
-def test_the_products_equal_matrix_products(rows, n, d, share, seed, strided, product_bytes):
+def test_the_products_equal_matrix_products(product_backend, rows, n, d, share, seed, strided, product_bytes):
     generator = torch.Generator().manual_seed(seed)
     row, codes = random_codes(rows, n, share, torch.float64, generator)
     crow, col, values, _ = codes
@@ -78,7 +79,22 @@ def test_the_products_equal_matrix_products(rows, n, d, share, seed, strided, pr
         torch.testing.assert_close(csr_scatter_outer(values, crow, col, grad, n), dense.T @ grad)
 
 
-def test_the_same_bits_every_time():
+@pytest.mark.parametrize("row", [0, 3, 6])
+def test_one_row_may_have_everything(product_backend, row):
+    """And repeat its latents; the other rows are empty."""
+    crow = torch.zeros(8, dtype=torch.int64)
+    crow[row + 1 :] = 900
+    col, values = torch.randint(40, (900,), dtype=torch.int32), torch.rand(900, dtype=torch.float64)
+    weight, grad = torch.randn(40, 70, dtype=torch.float64), torch.randn(7, 70, dtype=torch.float64)
+    dense = torch.zeros(7, 40, dtype=torch.float64)
+    dense[row] = torch.bincount(col, values, 40)
+    bias = torch.randn(70, dtype=torch.float64)
+    torch.testing.assert_close(csr_decode(values, crow, col, weight, bias), dense @ weight + bias)
+    torch.testing.assert_close(csr_gather_dot(grad, crow, col, weight), (weight @ grad[row])[col.long()])
+    torch.testing.assert_close(csr_scatter_outer(values, crow, col, grad, 40), dense.T @ grad)
+
+
+def test_the_same_bits_every_time(product_backend):
     _, codes = random_codes(300, 900, 0.05)
     weight, grad = torch.randn(900, 64), torch.randn(300, 64)
     first, second = (
@@ -93,7 +109,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_opcheck_gradcheck_and_double_backward(share):
+def test_opcheck_gradcheck_and_double_backward(product_backend, share):
     crow, col, values, _ = random_codes(4, 11, share, torch.float64)[1]
     values.requires_grad_()
     weight, bias, grad = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(11, 6), (6,), (4, 6)])

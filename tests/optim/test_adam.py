@@ -11,6 +11,7 @@ import sparsekern as sk
 from sparsekern.backends import cpu
 from sparsekern.factors import OuterProducts, identity, kept_as_factors
 from sparsekern.ops import sparse_decode
+from sparsekern.ops._sparse_decode import sum_of_outer_products
 from sparsekern.optim import Adam
 
 needs_native = pytest.mark.skipif(cpu.isa() is None, reason="the native kernels are not built")
@@ -75,15 +76,46 @@ def test_norms_of_factored_gradients(parts, rows, n, k, unit_rows, seed):
     torch.manual_seed(seed)
     d = 1 + seed % 70
     weight = torch.nn.functional.normalize(torch.randn(n, d), dim=1)
-    factors = [
-        OuterProducts(torch.randn(rows, k), torch.randint(0, n, (rows, k), dtype=torch.int32), torch.randn(rows, d))
-        for _ in range(parts)
-    ]
-    dense = sum(cpu.scatter_outer(*part[:3], n).double() for part in factors)
+    factors = []
+    for i in range(parts):
+        values, indices = torch.randn(rows, k), torch.randint(0, n, (rows, k), dtype=torch.int32)
+        crow = None
+        if (seed + i) % 2:  # the same entries over rows of any length
+            crow = torch.randint(0, rows * k + 1, (rows + 1,)).sort().values
+            crow[0], crow[-1], values, indices = 0, rows * k, values.flatten(), indices.flatten()
+        factors.append(OuterProducts(values, indices, torch.randn(rows, d), crow))
+    dense = sum(sum_of_outer_products(part, n).double() for part in factors)
     if unit_rows:
         dense = dense - (dense * weight).sum(1, keepdim=True) * weight
-    got = cpu.gradient_squares(cpu.SortedFactors(factors, n), weight, unit_rows)
+    found = cpu.SortedFactors(factors, n)
+    got = cpu.gradient_squares(found, weight, unit_rows)
     torch.testing.assert_close(got, dense.square().sum(), rtol=1e-4, atol=1e-6)
+    assert found.square_bound() >= got * (1 - 1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("clip_norm", [1e-3, float("inf")])
+@pytest.mark.parametrize("threshold", [0.5, 1e9])
+def test_gradients_in_csr_form_stay_factored_and_equal_torch(monkeypatch, clip_norm, threshold):
+    """Rows with any number of entries, and none at all; a row of huge norm has most."""
+    x = torch.randn(30, 12)
+    x[7] *= 50
+    results = []
+    for backend in ("", "reference"):
+        monkeypatch.setenv("SPARSEKERN_BACKEND", backend)  # empty for none
+        sae = sk.SAE(12, 200, sk.TopK(4), generator=torch.Generator().manual_seed(1))
+        adam = Adam(sae)
+        for _ in range(3):
+            codes = sk.threshold_encode(x, sae.W_enc, sae.b_enc, threshold, center=sae.b_dec)
+            loss = (sk.sparse_decode(codes, sae.W_dec, sae.b_dec) - x).square().mean()
+            norm = adam.step(loss, lr=1e-2, clip_norm=clip_norm)
+            assert (sae.W_enc.grad is None) == (backend == "")
+            results.append(norm)
+        results.append(sae.state_dict())
+    half = len(results) // 2
+    torch.testing.assert_close(results[: half - 1], results[half:-1], rtol=1e-4, atol=1e-6)
+    for name, tensor in results[half - 1].items():
+        torch.testing.assert_close(tensor, results[-1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @needs_native

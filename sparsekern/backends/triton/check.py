@@ -318,16 +318,19 @@ def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
     finite = torch.ones((), dtype=torch.bool, device=device)
     rest = torch.zeros((), dtype=torch.float64, device=device)
     for step in range(1, 4):
-        parts = [(*_codes(300, n, 5, dtype), _random(300, d, dtype=dtype, seed=20 + i)) for i in range(2)]
-        gradient = sum(
-            (reference.scatter_outer(v.double(), i, g.double(), n) for v, i, g in parts), torch.zeros_like(expected)
-        )
+        crow, col, entries, dense = _csr(300, n, dtype)
+        vectors = [_random(300, d, dtype=dtype, seed=20 + i) for i in range(2)]
+        parts = [OuterProducts(*_codes(300, n, 5, dtype), vectors[0]), OuterProducts(entries, col, vectors[1], crow)]
+        values, indices = parts[0][:2]
+        gradient = reference.scatter_outer(values.double(), indices, vectors[0].double(), n)
+        gradient = gradient + dense.double().T @ vectors[1].double()
         gradient = gradient - (gradient * expected).sum(1, keepdim=True) * expected
         gradient = gradient * (0.5 / gradient.norm()).clamp(max=1)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         expected = expected - 1e-2 / (1 - 0.9**step) * first / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         expected = expected / expected.norm(dim=1, keepdim=True)
-        factors = triton.SortedFactors([OuterProducts(*(t.to(device) for t in part)) for part in parts], n)
+        on = [OuterProducts(*(None if t is None else t.to(device) for t in part)) for part in parts]  # type: ignore
+        factors = triton.SortedFactors(on, n)
         clip = triton.clip_factor([(factors, mine, True)], rest, 0.5)
         options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": None, "finite": finite}
         triton.row_adam(factors, mine, True, state, **options)
