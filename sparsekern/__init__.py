@@ -29,6 +29,7 @@ from sparsekern.ops import (
     topk_encode,
 )
 from sparsekern.routing import Routing
+from sparsekern.splice import splice
 from sparsekern.training import Trainer, evaluate, train
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "route",
     "routed_topk_encode",
     "sparse_decode",
+    "splice",
     "threshold_encode",
     "topk_encode",
     "train",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,12 @@ class SAE(nn.Module):
     ----------
     Gao et al., *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), sections 2 and A.2.
     """
+
+    reads: ClassVar[str] = "output"
+    """Which end of a model's module the activations come from, as :func:`sparsekern.splice` has it."""
+
+    n_sources = 1
+    """How many activations of a token are read and written, side by side; their FVUs are averaged."""
 
     tokens_since_fired: Tensor
 

@@ -46,6 +46,8 @@ class Transcoder(SAE):
     *Transcoders beat sparse autoencoders for interpretability* (arXiv 2501.18823), for the skip.
     """
 
+    reads = "input"
+
     def __init__(
         self,
         d_in: int,
