@@ -6,6 +6,8 @@ and the peers that have it in :data:`sparsekern.bench.peers.PEERS`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class BatchTopK(Sparsekern):
 
 
 class Matryoshka(BatchTopK):
-    """``Trainer.step`` on a ``MatryoshkaSAE`` with ``BatchTopK``: FVU of all prefixes; otherwise as for TopK."""
+    """``Trainer.step`` on a ``MatryoshkaSAE`` with ``BatchTopK``: mean FVU of prefixes; otherwise as for TopK."""
 
     def make(self) -> sk.SAE:
         case = self.case
@@ -70,16 +72,19 @@ class JumpReLU(Sparsekern):
     @torch.no_grad()
     def settle(self, x: Tensor) -> None:
         sae = self.sae
-        sae.activation.threshold.fill_(largest((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc, self.case.k))
+        threshold = largest((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc, self.case.k)
+        sae.activation.log_threshold.fill_(math.log(threshold))
 
 
 class ReLU(Sparsekern):
-    """``Trainer.step`` with ``ReLU``: FVU and L1; otherwise as for TopK."""
+    """``Trainer.step`` with ``ReLU``: FVU and L1 weighted by the decoder's norms, which stay free, clip 1.0, fused
+    Adam.
+    """
 
-    sparsity = 1e-3
+    sparsity = 0.02
 
     def make(self) -> sk.SAE:
-        return self.with_activation(sk.ReLU(l1_coefficient=1e-3))
+        return self.with_activation(sk.ReLU())
 
     def set_sparsity(self, sparsity: float) -> None:
         self.sae.activation.l1_coefficient = sparsity
@@ -91,33 +96,25 @@ class ReLU(Sparsekern):
 
 
 class Lp(ReLU):
-    """``Trainer.step`` with ``ReLU(p=0.5)``: FVU and the sum of the powers; otherwise as for TopK."""
+    """``Trainer.step`` with ``ReLU(p=0.5)``: FVU and the sum of the powers; otherwise as for ReLU."""
 
-    sparsity = 1e-3
+    sparsity = 0.02
 
     def make(self) -> sk.SAE:
-        return self.with_activation(sk.ReLU(l1_coefficient=1e-3, p=LP))
+        return self.with_activation(sk.ReLU(p=LP))
 
 
-class Gated(Sparsekern):
+class Gated(ReLU):
     """``Trainer.step`` on a ``GatedSAE``: FVU of the codes and of the gates, L1 of the gates; otherwise as for TopK."""
 
-    sparsity = 1e-3
+    sparsity = 0.02
 
     def make(self) -> sk.SAE:
-        return sk.GatedSAE(self.case.d, self.case.d_sae, l1_coefficient=1e-3)
-
-    def set_sparsity(self, sparsity: float) -> None:
-        self.sae.l1_coefficient = sparsity
-
-    @torch.no_grad()
-    def settle(self, x: Tensor) -> None:
-        sae = self.sae
-        sae.b_gate -= largest((x - sae.b_dec) @ sae.W_enc.T + sae.b_gate, self.case.k)
+        return sk.GatedSAE(self.case.d, self.case.d_sae, aux_coefficient=0)
 
 
 class Tied(Sparsekern):
-    """``Trainer.step`` with ``tied=True``; otherwise as for TopK."""
+    """``Trainer.step`` with ``tied=True``: FVU, clip 1.0, fused Adam."""
 
     def make(self) -> sk.SAE:
         return self.with_activation(sk.TopK(self.case.k), tied=True)
@@ -144,7 +141,7 @@ class SkipTranscoder(Transcoder):
 
 
 class Crosscoder(Sparsekern):
-    """``Trainer.step`` on a ``Crosscoder`` over 4 layers; otherwise as for TopK."""
+    """``Trainer.step`` on a ``Crosscoder`` over 4 layers: mean FVU of the layers; otherwise as for TopK."""
 
     layers = 4
 
@@ -163,13 +160,13 @@ class Crosscoder(Sparsekern):
 
 
 class CrossLayer(Sparsekern):
-    """``Trainer.step`` on a ``CrossLayerTranscoder`` of 4 layers: FVU of all targets; otherwise as for TopK."""
+    """``Trainer.step`` on a ``CrossLayerTranscoder`` of 4 layers: mean FVU of them; otherwise as for TopK."""
 
     layers = 5
 
     def make(self) -> sk.SAE:
         case, n = self.case, self.layers - 1
-        return sk.CrossLayerTranscoder(n, case.d, case.d_sae // n, sk.TopK(case.k // n), aux_coefficient=0)
+        return sk.CrossLayerTranscoder(n, case.d, case.d_sae // n, sk.TopK(case.k // n))
 
     def inputs(self, layers: Tensor) -> tuple[Tensor, ...]:
         rows = layers.transpose(0, 1)

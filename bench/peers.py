@@ -344,9 +344,14 @@ def overcomplete_sae() -> Any:
 # Plain PyTorch
 
 
+def mean_fvu(error: Tensor, target: Tensor) -> Tensor:
+    """FVU of each layer of ``[B, layers, d]``, their mean."""
+    return (error.square().sum((0, 2)) / (target - target.mean(0)).square().sum((0, 2))).mean()
+
+
 class TorchCrosscoder(Torch):
     """A TopK crosscoder over 4 layers in plain PyTorch: one dense matmul of all layers' activations, ReLU, topk,
-    scatter, dense matmul; FVU, projected gradient, clip 1.0, fused Adam, unit-norm decoder.
+    scatter, dense matmul; mean FVU of the layers, projected gradient, clip 1.0, fused Adam, unit-norm decoder.
     """
 
     layers = 4
@@ -375,6 +380,10 @@ class TorchCrosscoder(Torch):
         self.schedule.step()
         return loss
 
+    def loss(self, x: Tensor) -> Tensor:
+        shape = (len(x), self.layers, self.case.d)
+        return mean_fvu((x - (self.codes(x) @ self.W_dec + self.b_dec)).view(shape), x.view(shape))
+
     def reconstruct(self, x: Tensor, mode: str = "eval") -> tuple[Tensor, Tensor]:
         codes = self.codes(x.flatten(1))
         return (codes @ self.W_dec + self.b_dec).view_as(x), (codes > 0).sum(1)
@@ -382,7 +391,7 @@ class TorchCrosscoder(Torch):
 
 class TorchCrossLayer(Contender):
     """A TopK cross-layer transcoder of 4 layers in plain PyTorch: a dense matmul, ReLU, topk and scatter for each
-    layer, and a dense matmul from each to itself and every later one; FVU of all targets, clip 1.0, fused Adam.
+    layer, and a dense matmul from each to itself and every later one; mean FVU of the layers, clip 1.0, fused Adam.
     """
 
     layers = 5
@@ -416,7 +425,7 @@ class TorchCrossLayer(Contender):
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             recon, _ = self.reconstruct(x)
-            loss = (target - recon).square().sum() / (target - target.mean(0)).square().sum()
+            loss = mean_fvu(target - recon, target)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()

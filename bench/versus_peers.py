@@ -105,23 +105,23 @@ def zip_stacked(layers: list[tuple[Tensor, ...]]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def measure(contender: Contender, batches: Iterator[Tensor], scale: float, mode: str) -> dict[str, float]:
-    """FVU and active latents a token over batches ``[layers, B, d]``, in float64 sums."""
-    error = norm = 0.0
-    mean: Tensor | float = 0.0
-    active = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    """FVU and active latents a token over batches ``[layers, B, d]``, in float64 sums; of several targets the mean."""
+    error = norm = total = torch.zeros((), dtype=torch.float64)
+    active, tokens = 0, 0
     for layers in batches:
         given = contender.inputs(layers * scale)
-        x, y = given[0], given[-1].double().flatten(1)
+        x, y = given[0], given[-1].double()
         recon, l0 = contender.reconstruct(x, mode)
-        error += (y - recon.double().flatten(1)).square().sum().item()
-        norm += y.square().sum().item()
-        mean = mean + y.sum(0)
-        active += l0.sum()
-        tokens += len(x)
-    assert isinstance(mean, Tensor), "there are no held-out batches"
-    variance = norm - (mean.square().sum() / tokens).item()
-    return {"fvu": error / variance, "l0": active.item() / tokens}
+        rows, recon = y.view(len(y), -1, y.shape[-1]), recon.double().view(len(y), -1, y.shape[-1])
+        error = error + (rows - recon).square().sum((0, 2))
+        norm = norm + rows.square().sum((0, 2))
+        total = total + rows.sum(0)
+        active += int(l0.sum())
+        tokens += len(y)
+    if tokens < 2:
+        raise ValueError(f"held_out must leave at least one batch of tokens to measure, got {tokens}")
+    variance = norm - total.square().sum(-1) / tokens
+    return {"fvu": (error / variance).mean().item(), "l0": active / tokens}
 
 
 def train(
