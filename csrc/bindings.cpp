@@ -168,16 +168,16 @@ PYBIND11_MODULE(_native, m) {
         "topk_encode",
         [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d, const Routed& routed,
            const std::array<std::uintptr_t, 4>& quantized, std::uintptr_t bias, std::uintptr_t x, std::int64_t x_stride,
-           std::int64_t rows, std::int64_t k, std::uintptr_t values, std::uintptr_t index, std::uintptr_t certain,
-           int threads) {
+           std::int64_t rows, std::int64_t k, bool absolute, std::uintptr_t values, std::uintptr_t index,
+           std::uintptr_t certain, int threads) {
             const Quantized given = quantized_at(quantized);
             const auto [count, active, order, offsets, apart, screened] = routed;
             const Experts experts{count,  active, at<const std::int32_t>(order), at<const std::int32_t>(offsets),
                                   apart, screened};
-            return topk().encode({{at<const float>(weight), weight_stride, n, d}, count ? &experts : nullptr,
-                                  given.packed ? &given : nullptr,
-                                  at<const float>(bias), at<const float>(x), x_stride, rows, k, at<float>(values),
-                                  at<std::int32_t>(index), at<std::uint8_t>(certain), threads});
+            const EncoderInput input{{at<const float>(weight), weight_stride, n, d}, given.packed ? &given : nullptr,
+                                     at<const float>(bias), at<const float>(x), x_stride, rows, threads};
+            return topk().encode({input, count ? &experts : nullptr, k, absolute, at<float>(values),
+                                  at<std::int32_t>(index), at<std::uint8_t>(certain)});
         },
         py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
 

@@ -12,6 +12,7 @@
 
 #include "parallel.h"
 #include "row_adam.h"
+#include "screening.h"
 #include "sparse_products.h"
 #include "topk_encode.h"
 #include "workspace.h"
@@ -29,6 +30,7 @@
 #define SPARSEKERN_ISA avx2
 #define SPARSEKERN_LEVEL 1
 #include "sparse_products.inl"
+#include "screening.inl"
 #include "topk_encode.inl"
 #include "row_adam.inl"
 

@@ -11,6 +11,7 @@
 
 #include "parallel.h"
 #include "row_adam.h"
+#include "screening.h"
 #include "sparse_products.h"
 #include "topk_encode.h"
 #include "workspace.h"
@@ -18,5 +19,6 @@
 #define SPARSEKERN_ISA generic
 #define SPARSEKERN_LEVEL 0
 #include "sparse_products.inl"
+#include "screening.inl"
 #include "topk_encode.inl"
 #include "row_adam.inl"

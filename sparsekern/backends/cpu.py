@@ -160,18 +160,22 @@ def topk_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`."""
-    if absolute:
-        return reference.topk_encode(x, weight, bias, k, "none", absolute)
-    rows, (n, d) = x.shape[0], weight.shape
     copy = _current_copy(weight)
-    # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
-    worth = screens(n, d) and k <= n // 16 and (rows >= 8 or copy is not None)
-    if screen == "none" or d > _WIDEST or (screen == "auto" and not worth):
-        return reference.topk_encode(x, weight, bias, k, "none")
-    values, indices, repair = _encode(x, weight, bias, k, copy, rows, (0, 1, 0, 0, False, True))
+    # A k that makes most latents candidates is not worth it.
+    if not _screened(x, weight, copy, screen, k <= weight.shape[0] // 16):
+        return reference.topk_encode(x, weight, bias, k, "none", absolute)
+    values, indices, repair = _encode(x, weight, bias, k, copy, x.shape[0], (0, 1, 0, 0, False, True), absolute)
     if repair.numel():
-        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none")
+        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none", absolute)
     return values, indices
+
+
+def _screened(x: Tensor, weight: Tensor, copy: Quantized | None, screen: str, worth: bool = True) -> bool:
+    """Whether an encoder is to screen, which its arguments may make `worth` it or not."""
+    n, d = weight.shape
+    # A few rows are not worth a pass that quantises all weights.
+    worth = worth and screens(n, d) and (x.shape[0] >= 8 or copy is not None)
+    return d <= _WIDEST and (screen == "int8" or (screen == "auto" and worth))
 
 
 def _current_copy(weight: Tensor) -> Quantized | None:
@@ -187,6 +191,7 @@ def _encode(
     copy: Quantized | None,
     out_rows: int,
     routed: tuple[int, int, int, int, bool, bool],
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values and indices ``[out_rows, k]``, and which of these rows have to be computed otherwise."""
     global last_encode
@@ -206,6 +211,7 @@ def _encode(
         x.stride(0),
         x.shape[0],
         k,
+        absolute,
         values.data_ptr(),
         indices.data_ptr(),
         certain.data_ptr(),

@@ -81,8 +81,9 @@ class Activation(nn.Module):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def extra_repr(self) -> str:
-        """Arguments, for printing."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        """Arguments that are not the defaults, for printing."""
+        defaults = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={v!r}" for name, v in self.config().items() if v != defaults[name].default)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves to a device or casts, all but what is `exact`."""
@@ -265,7 +266,7 @@ class BatchTopK(Activation):
     threshold: Tensor
     batches_seen: Tensor
 
-    def __init__(self, k: int, screen: str = "auto", threshold_rate: float = 0.01) -> None:
+    def __init__(self, k: int, screen: str = "auto", threshold_rate: float = 0.1) -> None:
         super().__init__()
         check_k_and_screen(k, screen)
         if not 0 < threshold_rate <= 1:

@@ -343,11 +343,12 @@ class SAE(nn.Module):
     def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
         """FVU of the residual under its reconstruction from the dead rows; 0 where none is used."""
         k = min(self.aux_k, dead.rows.numel())
-        bias = self.b_enc[dead.rows]
-        if dead.used is not None:
-            bias = torch.where(dead.used, bias, -torch.inf)  # so that the places beyond the dead ones never fire
+        bias, absolute = self.b_enc[dead.rows], self.activation.absolute
         rows = gather_rows(self._encoder(), dead.rows)
-        codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=self.activation.absolute)
+        if dead.used is not None:  # the places beyond the dead ones never fire: the least there is, or of no size
+            bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
+            rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
+        codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=absolute)
         fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
         return fvu if dead.used is None else fvu * dead.used.any()
 
