@@ -31,7 +31,8 @@ def test_cpu_tensors_go_to_the_kernels_and_the_rest_to_the_reference():
     assert choose("sparse_decode", torch.ones(1, device="meta")) is reference
     assert choose("topk_encode", torch.ones(1)) is cpu
     assert choose("topk_encode", torch.ones(1, dtype=torch.float64)) is reference
-    assert choose("csr_decode", torch.ones(1)) is reference
+    assert choose("csr_decode", torch.ones(1)) is cpu
+    assert choose("csr_decode", torch.ones(1, dtype=torch.bfloat16)) is reference
 
 
 def test_a_forced_backend_fails_loudly(monkeypatch):
