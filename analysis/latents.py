@@ -91,8 +91,7 @@ def top_contexts(
     for column, latent in enumerate(latents.tolist()):
         leading = rows[:, column].tolist()
         x = torch.cat([store.rows(row, row + 1) for row in leading]).to(latents.device)
-        codes = sae.encode(x)
-        values = torch.where(codes.indices == latent, codes.values, 0).sum(1).tolist()
+        values = sae.encode(x).values_of([latent]).squeeze(1).tolist()
         seen: dict[int, Activating] = {}
         for row, value in sorted(zip(leading, values, strict=True), key=lambda pair: -pair[1]):
             context = int(torch.searchsorted(bounds, row, right=True)) - 1

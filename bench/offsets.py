@@ -32,9 +32,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sparsekern.bench.resources import CASES, ROUTINGS, Kernel, Shape, describe, launches, routed_launches, source
+from sparsekern.bench.resources import (
+    CASES,
+    ROUTINGS,
+    Kernel,
+    Shape,
+    describe,
+    group_launches,
+    launches,
+    routed_launches,
+    source,
+)
 
 ARCH = 90
+GROUPS = 32
+"""Of latents of which the best one is kept."""
+
 LARGE = 2**31
 """Elements beyond which a 32-bit offset cannot reach."""
 
@@ -70,11 +83,11 @@ def contents(shape: Shape) -> dict[str, Interval]:
     rows, _, n, k = shape
     entries, pieces = rows * k, 2 * rows * k // SPLIT
     latent, entry, place = (-1, n - 1), (0, entries - 1), (0, entries)
-    found = {"start": place, "order": entry, "piece_start": (0, pieces)}
+    found = {"start": place, "order": entry, "row_of": (0, rows - 1), "piece_start": (0, pieces)}
     found |= {f"other_{name}": bounds for name, bounds in found.items()}
     found |= {"indices": latent, "candidates": latent, "col": latent, "placed": entry, "cursor": place, "crow": place}
     # Where a count stands for "too many" it is the largest number there is.
-    return found | {"row_of": (0, rows - 1), "piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
+    return found | {"piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
 
 
 def routed_contents(shape: Shape, routing: tuple[int, int]) -> dict[str, Interval]:
@@ -459,6 +472,8 @@ def reports(shapes: dict[str, Shape], arch: int = ARCH) -> list[tuple[str, Repor
         recorded = [settings(launches(shape, arch), contents(shape))]
         for routing in ROUTINGS:
             recorded.append(settings(routed_launches(shape, routing, arch), routed_contents(shape, routing)))
+        every = settings(group_launches(shape, GROUPS, arch), routed_contents(shape, (GROUPS, GROUPS)))
+        recorded.append(every)
         for kernel, setting in (pair for fixed in recorded for pair in fixed.items()):
             if kernel not in texts:
                 texts[kernel] = lower(kernel, arch)

@@ -2,7 +2,24 @@
 
 from sparsekern.backends import backends
 from sparsekern.codes import CSRCodes, SparseCodes
-from sparsekern.modules import SAE, HierarchicalSAE, LossOutput, SwitchSAE, TopK
+from sparsekern.modules import (
+    SAE,
+    AbsTopK,
+    BatchTopK,
+    Crosscoder,
+    CrossLayerTranscoder,
+    Gated,
+    GatedSAE,
+    GroupMax,
+    HierarchicalSAE,
+    JumpReLU,
+    LossOutput,
+    MatryoshkaSAE,
+    ReLU,
+    SwitchSAE,
+    TopK,
+    Transcoder,
+)
 from sparsekern.ops import (
     batch_topk_encode,
     route,
@@ -12,20 +29,32 @@ from sparsekern.ops import (
     topk_encode,
 )
 from sparsekern.routing import Routing
+from sparsekern.splice import splice
 from sparsekern.training import Trainer, evaluate, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "AbsTopK",
+    "BatchTopK",
     "CSRCodes",
+    "CrossLayerTranscoder",
+    "Crosscoder",
+    "Gated",
+    "GatedSAE",
+    "GroupMax",
     "HierarchicalSAE",
+    "JumpReLU",
     "LossOutput",
+    "MatryoshkaSAE",
+    "ReLU",
     "Routing",
     "SparseCodes",
     "SwitchSAE",
     "TopK",
     "Trainer",
+    "Transcoder",
     "__version__",
     "backends",
     "batch_topk_encode",
@@ -33,6 +62,7 @@ __all__ = [
     "route",
     "routed_topk_encode",
     "sparse_decode",
+    "splice",
     "threshold_encode",
     "topk_encode",
     "train",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -44,6 +46,13 @@ class SparseCodes(NamedTuple):
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return dense.scatter_add(-1, self.indices.long(), self.values)
 
+    def to_csr(self) -> CSRCodes:
+        """The same codes in CSR form: by rising latent, all slots of a token. Differentiable."""
+        indices, order = self.indices.reshape(self.tokens, self.k).sort(dim=1)
+        values = self.values.reshape(self.tokens, self.k).gather(1, order)
+        crow = self.k * torch.arange(self.tokens + 1, device=order.device)
+        return CSRCodes(crow, indices.flatten(), values.flatten(), self.d_sae)
+
     def l0(self) -> Tensor:
         """Active latents of each token, ``[...]`` int64."""
         return (self.values != 0).sum(-1)
@@ -51,6 +60,27 @@ class SparseCodes(NamedTuple):
     def firing_counts(self) -> Tensor:
         """On how many tokens each latent is active: ``[d_sae]`` int64."""
         return _counts(self.indices, self.values != 0, self.d_sae)
+
+    def values_of(self, latents: Sequence[int]) -> Tensor:
+        """Values of the named latents on each token, 0 where they are not among its codes: ``[..., len(latents)]``."""
+        place = _places(latents, self.d_sae, self.indices)[self.indices.long()]
+        found = self.values.new_zeros(*self.values.shape[:-1], len(latents) + 1)  # the last takes all other latents
+        return found.scatter_add(-1, place, self.values)[..., :-1]
+
+    def with_values(self, latents: Sequence[int], values: Tensor | float) -> SparseCodes:
+        """Codes in which the named latents have the given values, a number or anything that fits ``[..., n]``.
+
+        The number 0 changes the values of slots and no more. Otherwise every token gets n slots at its end, not in
+        order, and a slot that named one of these latents before holds 0.
+        """
+        place = _places(latents, self.d_sae, self.indices)
+        kept = torch.where(place[self.indices.long()] == len(latents), self.values, 0)
+        if not isinstance(values, Tensor) and values == 0:
+            return self._replace(values=kept)
+        shape = (*kept.shape[:-1], len(latents))
+        added = torch.as_tensor(values, dtype=kept.dtype, device=kept.device).expand(shape)
+        named = torch.as_tensor(latents, dtype=torch.int32, device=kept.device).expand(shape)
+        return SparseCodes(torch.cat([kept, added], -1), torch.cat([self.indices, named], -1), self.d_sae)
 
 
 class CSRCodes(NamedTuple):
@@ -99,11 +129,54 @@ class CSRCodes(NamedTuple):
         """The token of each entry, ``[nnz]`` int64."""
         return entry_rows(self.crow, self.col)
 
+    def values_of(self, latents: Sequence[int]) -> Tensor:
+        """Values of the named latents on each token, 0 where they are not among its codes: ``[B, len(latents)]``."""
+        place = _places(latents, self.d_sae, self.col)[self.col.long()]
+        found = self.values.new_zeros(self.tokens, len(latents) + 1)  # the last takes all other latents
+        return found.index_put((self.rows(), place), self.values, accumulate=True)[:, :-1]
+
+    def with_values(self, latents: Sequence[int], values: Tensor | float) -> CSRCodes:
+        """Codes in which the named latents have the given values, a number or anything that fits ``[B, n]``.
+
+        The number 0 changes the values of entries and no more. Otherwise every token gets n entries, in their order.
+        """
+        others = _places(latents, self.d_sae, self.col)[self.col.long()] == len(latents)
+        if not isinstance(values, Tensor) and values == 0:
+            return self._replace(values=torch.where(others, self.values, 0))
+        tokens, n = self.tokens, len(latents)
+        added = torch.as_tensor(values, dtype=self.values.dtype, device=self.col.device).expand(tokens, n)
+        named = torch.as_tensor(latents, dtype=torch.int32, device=self.col.device).repeat(tokens)
+        new_rows = torch.arange(tokens, device=self.col.device).repeat_interleave(n)
+        rows = torch.cat([self.rows()[others], new_rows])
+        col = torch.cat([self.col[others], named])
+        order = (rows * self.d_sae + col).argsort()
+        crow = torch.cat([self.crow.new_zeros(1), torch.bincount(rows, minlength=tokens).cumsum(0)])
+        return CSRCodes(crow, col[order], torch.cat([self.values[others], added.flatten()])[order], self.d_sae)
+
 
 def entry_rows(crow: Tensor, col: Tensor) -> Tensor:
     """The row of each entry of a CSR form, ``[nnz]`` int64, rising."""
     rows = torch.arange(crow.shape[0] - 1, device=crow.device)
     return rows.repeat_interleave(crow.diff(), output_size=col.shape[0])  # told its size, it need not ask the device
+
+
+def check_latents(latents: Sequence[int], d_sae: int) -> None:
+    """Whole numbers in ``[0, d_sae)``, none twice."""
+    for latent in latents:
+        if not isinstance(latent, Integral) or not 0 <= latent < d_sae:
+            raise ValueError(f"latents must be whole numbers in [0, {d_sae}), got {latent!r}")
+    if len(set(latents)) < len(latents):
+        raise ValueError(f"latents must not repeat, got {list(latents)}")
+
+
+def _places(latents: Sequence[int], d_sae: int, like: Tensor) -> Tensor:
+    """For every latent its place in `latents`, or their number where it is none of them: ``[d_sae]`` int64."""
+    check_latents(latents, d_sae)
+    places = torch.full((d_sae,), len(latents), dtype=torch.int64, device=like.device)
+    places[torch.tensor(latents, dtype=torch.int64, device=like.device)] = torch.arange(
+        len(latents), device=like.device
+    )
+    return places
 
 
 def _counts(where: Tensor, active: Tensor, size: int) -> Tensor:

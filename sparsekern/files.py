@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -20,6 +24,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file, which holds no memory twice: tied weights are written as two."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        copy = tensor.detach().cpu().contiguous()
+        plain[name] = copy.clone() if copy.data_ptr() in seen else copy
+        seen.add(plain[name].data_ptr())
+    return save(plain, metadata=metadata)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,7 @@ import sparsekern as sk
 from sparsekern.analysis.options import MoeOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.cli import EvalOptions, HarvestOptions, TrainOptions, app, parse
-from sparsekern.data import ActivationStore, StoreWriter
+from sparsekern.data import EMBEDDED_MODEL, ActivationStore, StoreWriter
 from sparsekern.training import TrainConfig
 
 TRAIN = [
@@ -88,6 +88,68 @@ def test_train_then_eval(cli, store, tmp_path):
     )
     whole = cli("eval", "run/sae", store, "--held-out", 1)
     assert "on 4,000 tokens" in plain(whole)
+    assert f"{again['max_cosine']:.4f} (random directions {again['max_cosine_null']:.4f})" in plain(measured)
+    assert 0 <= again["duplicate_fraction"] <= 1
+    assert 0 < again["max_cosine"] < 1
+
+
+@pytest.fixture
+def causal_model(tmp_path):
+    """Folder of a random GPT-2 with d = 16, two layers and a vocabulary of words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[UNK]", "the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tiny-gpt2"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=32
+    ).save_pretrained(folder)
+    config = transformers.GPT2Config(
+        vocab_size=10, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_eval_in_the_model(cli, causal_model, store, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        (tmp_path / "texts" / f"{number}.txt").write_text("the cat sat on a mat and the dog ran " * (1 + number % 3))
+    options = ["--context-length", "32", "--json", "eval.json"]
+    harvested = cli("harvest", "own", "--model", causal_model, "--texts", "texts", "--hook", "h.1", *options[:2])
+    assert harvested.exit_code == 0, harvested.output
+    sae = sk.SAE(16, 32, sk.TopK(16), pre_bias=False)
+    with torch.no_grad():  # a perfect one
+        sae.W_enc.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
+        sae.W_dec.copy_(sae.W_enc)
+    sae.save_pretrained(tmp_path / "sae")
+
+    measured = cli("eval", "sae", "own", "--model", causal_model, *options)
+    assert measured.exit_code == 0, measured.output
+    assert "with transformer.h.1 replaced" in plain(measured)
+    assert "recovered_from_zero │ 1.0000" in plain(measured)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["hook"] == "transformer.h.1"
+    assert found["loss_recovered"]["recovered_from_zero"] == pytest.approx(1, abs=1e-3)
+    assert found["loss_recovered"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert found["loss_recovered"]["tokens"] in range(9, 2 * 29 + 1)  # two held-out contexts
+
+    texts = ["--texts", "texts", "--hook", "transformer.h.0", "--model-tokens", "100"]
+    measured = cli("eval", "sae", store, "--model", causal_model, *texts, *options)
+    assert measured.exit_code == 0, measured.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert 90 <= found["loss_recovered"]["tokens"] < 130
+    for arguments, message in [
+        (["--model", causal_model], "was not harvested from"),
+        (["--model", causal_model, *texts, "--hook", "h.7"], "hook 'h.7' is not a module of GPT2LMHeadModel"),
+        (["--model", causal_model, *texts, "--context-length", 33], "context_length must be in 1 … 32"),
+        (["--model", EMBEDDED_MODEL, *texts], "gives no logits: it has no weights for the head of a language model"),
+    ]:
+        refused = cli("eval", "sae", store, "--context-length", 32, *arguments)
+        assert refused.exit_code == 2, refused.output
+        assert message in plain(refused)
 
 
 def test_a_config_file_sets_options_and_a_flag_wins(cli, store, tmp_path):
@@ -312,3 +374,42 @@ def test_options_are_coerced_and_checked_in_one_place():
     with pytest.raises(ValueError, match="held_out must be below 1"):
         parse(TrainOptions, {"held_out": 1.0})
     assert set(TrainConfig.names()) <= set(TrainOptions.names())
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "activation"),
+    [
+        (["--activation", "batchtopk"], sk.SAE, sk.BatchTopK),
+        (["--activation", "jumprelu", "--penalty-warmup", "5"], sk.SAE, sk.JumpReLU),
+        (["--activation", "relu", "--p", "0.5", "--l1-coefficient", "0.1", "--tied"], sk.SAE, sk.ReLU),
+        (["--matryoshka", "--activation", "gated"], sk.MatryoshkaSAE, sk.Gated),
+        (["--multi-k", "16"], sk.SAE, sk.TopK),
+        (["--target", "acts", "--skip"], sk.Transcoder, sk.TopK),
+        (["--also", "acts", "--also", "acts"], sk.Crosscoder, sk.TopK),
+    ],
+)
+def test_one_argument_makes_another_architecture(cli, store, tmp_path, flags, kind, activation):
+    result = cli("train", store, "--output", "run", *TRAIN, "--no-report", *flags)
+    assert result.exit_code == 0, plain(result)
+    sae = sk.SAE.from_pretrained(tmp_path / "run" / "sae")
+    assert (type(sae), type(sae.activation)) == (kind, activation)
+    assert kind.__name__ in plain(result)
+    if activation is sk.JumpReLU:
+        assert (sae.activation.target_l0, sae.activation.warmup_tokens) == (4, 5 * 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--matryoshka", "--experts", "2"], "matryoshka and experts make different architectures"),
+        (["--experts", "2", "--activation", "relu"], "experts go with activation topk"),
+        (["--p", "0.5"], "p is no option of activation topk"),
+        (["--penalty-warmup", "5"], "penalty_warmup is no option of activation topk"),
+        (["--skip"], "skip goes with a target"),
+        (["--target", "acts", "--tied"], "tied does not go with a target"),
+    ],
+)
+def test_architectures_that_do_not_go_together_are_refused(cli, store, flags, message):
+    result = cli("train", store, "--output", "run", *TRAIN, *flags)
+    assert result.exit_code == 2
+    assert message in plain(result)

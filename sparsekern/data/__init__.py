@@ -4,8 +4,10 @@ The data goes one way: :func:`read_texts` or :func:`stdlib_docstrings` → :func
 → :class:`ActivationStore` → :class:`ActivationLoader`.
 """
 
-from sparsekern.data.harvest import EMBEDDED_MODEL, harvest, import_activations
+from sparsekern.data.harvest import harvest, import_activations
+from sparsekern.data.joined import JoinedStore
 from sparsekern.data.loader import ActivationLoader
+from sparsekern.data.models import EMBEDDED_MODEL, load_model, token_batches
 from sparsekern.data.store import ActivationStore, ActivationView, StoreError, StoreWriter
 from sparsekern.data.synthetic import zipf_activations
 from sparsekern.data.texts import read_texts, stdlib_docstrings
@@ -15,11 +17,14 @@ __all__ = [
     "ActivationLoader",
     "ActivationStore",
     "ActivationView",
+    "JoinedStore",
     "StoreError",
     "StoreWriter",
     "harvest",
     "import_activations",
+    "load_model",
     "read_texts",
     "stdlib_docstrings",
+    "token_batches",
     "zipf_activations",
 ]

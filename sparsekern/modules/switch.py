@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.codes import SparseCodes
-from sparsekern.modules.activations import TopK
+from sparsekern.modules.activations import Codes, TopK
 from sparsekern.modules.initialization import spherical_kmeans, unit_rows
-from sparsekern.modules.sae import SAE, check_counts
+from sparsekern.modules.sae import SAE, Batch, check_counts
 from sparsekern.ops import route, routed_topk_encode
 from sparsekern.ops._route import GATES
 from sparsekern.routing import Routing
@@ -178,7 +178,7 @@ class SwitchSAE(SAE):
         activation = self.activation
         assert isinstance(activation, TopK)
         codes = routed_topk_encode(
-            x, self._encoder(), self.b_enc, routing, activation.k, activation.screen, self._center()
+            x, self._encoder(), self.b_enc, routing, activation.k, activation.screen, self.center()
         )
         return codes._replace(values=codes.values * routing.gates_of(codes).to(codes.values.dtype)), routing
 
@@ -191,7 +191,7 @@ class SwitchSAE(SAE):
 
     # Balance
 
-    def _penalties(self, target: Tensor, codes: SparseCodes, trace: Routing) -> dict[str, Tensor]:
+    def _penalties(self, batch: Batch, codes: Codes, trace: Routing) -> dict[str, Tensor]:
         parts, logits = {}, trace.logits
         assert logits is not None
         if self.balance == "loss" and self.balance_coefficient > 0:
@@ -215,7 +215,7 @@ class SwitchSAE(SAE):
             "experts_effective": entropy.exp() / self.n_experts,
         }
 
-    def _count(self, codes: SparseCodes, trace: Routing, finite: Tensor) -> None:
+    def _count(self, codes: Codes, trace: Routing, finite: Tensor) -> None:
         super()._count(codes, trace, finite)
         loads = trace.loads()
         self.loads.copy_(torch.where(finite, loads, self.loads))
@@ -254,22 +254,23 @@ class SwitchSAE(SAE):
         return super().is_fresh() and not self.b_router.any()
 
     @torch.no_grad()
-    def fit_start_(self, x: Tensor, center: str = "geometric_median") -> None:
+    def fit_start_(self, x: Tensor, center: str = "geometric_median", target: Tensor | None = None) -> None:
         """As for :class:`SAE`; ``b_router`` starts where ``b_dec`` does, ``W_router`` at the batch's clusters.
 
         The clusters are those of spherical k-means. The logits start with a standard deviation of 1.
         """
-        self._fit_center_(x, center)
+        batch = self._start_batch(x, target)
+        self._fit_center_(batch.target, center)
         self.b_router.copy_(self.b_dec)
         if self.router_start == "kmeans":
-            rows = x.reshape(-1, self.d_in)[:_START_TOKENS].to(self.b_dec.dtype) - self.b_router
+            rows = batch.x[:_START_TOKENS] - self.b_router
             self.W_router.copy_(spherical_kmeans(rows, self.n_experts))
-        logits = self.route(x).logits
+        logits = self.route(batch.x).logits
         assert logits is not None
         spread = logits.std(0).mean()
         if spread > 0:
             self.W_router.div_(spread)
-        self._fit_scale_(x)
+        self._fit_scale_(batch)
 
     def config(self) -> dict[str, Any]:
         """Arguments that rebuild this module, without its weights."""

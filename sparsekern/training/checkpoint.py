@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsekern.files import write_atomically, write_json
+from sparsekern.files import safetensors_bytes, write_atomically, write_json
 
 STATE, RUN = "state.safetensors", "run.json"
 
@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dict
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        write_atomically(draft / STATE, save({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
+        write_atomically(draft / STATE, safetensors_bytes(state))
         write_json(draft / RUN, run)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)

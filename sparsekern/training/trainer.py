@@ -113,7 +113,7 @@ class Trainer:
         if config.validate and device.type != "cpu":
             check_finite("x", x)
         if config.fit_start and self.steps_done == 0 and sae.is_fresh():
-            sae.fit_start_(x, config.b_dec_init)
+            sae.fit_start_(x, config.b_dec_init, target)
         sae.train()
         lr = self.peak_lr * warmup_and_decay(self.steps_done, self.warmup_steps, config.steps, config.decay_share)
         room = sae.dead_room()
@@ -121,7 +121,7 @@ class Trainer:
             measures = self.device_step(x, target, room, lr)
         else:
             measures = self._graphs.step(x, target, room, lr)
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // sae.d_in
         sae.ask_for_dead(tokens)
         self.steps_done += 1
         self.tokens_seen += tokens

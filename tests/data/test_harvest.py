@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsekern.data import EMBEDDED_MODEL, ActivationStore, StoreError, harvest, import_activations
+from sparsekern.data.models import batches_of
 
 harvest_module = importlib.import_module("sparsekern.data.harvest")  # the package exports the function by this name
 
@@ -302,6 +303,6 @@ def test_import_of_other_things(tmp_path):
 
 def test_batches_hold_many_short_contexts_or_few_long_ones():
     chunks = [([0] * length, [True] * length) for length in (1, 1, 2, 3, 4, 4, 9, 9)]
-    batches = harvest_module._batches(chunks, 8)
+    batches = batches_of(chunks, 8)
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [[1, 1, 2], [3, 4], [4], [9], [9]]
-    assert harvest_module._batches([], 8) == []
+    assert batches_of([], 8) == []

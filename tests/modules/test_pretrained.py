@@ -31,7 +31,13 @@ def test_the_files_are_safetensors_and_json_and_nothing_else(saved):
     _, folder = saved
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
-    assert config["activation"] == {"name": "topk", "k": 3, "screen": "auto"}
+    assert config["activation"] == {
+        "name": "topk",
+        "k": 3,
+        "screen": "auto",
+        "multi_k": None,
+        "multi_coefficient": 0.125,
+    }
 
 
 def edit(folder, **changes):
@@ -48,7 +54,10 @@ def edit(folder, **changes):
         (lambda f: edit(f, d_sae=21), "damaged or does not fit"),
         (lambda f: edit(f, format=99), "not of format 1"),
         (lambda f: edit(f, dtype="load"), "dtype must be one of"),
-        (lambda f: edit(f, activation={"name": "softmax"}), "activation must be one of topk, got 'softmax'"),
+        (
+            lambda f: edit(f, activation={"name": "softmax"}),
+            "activation must be one of topk, abstopk, .*, got 'softmax'",
+        ),
         (lambda f: edit(f, colour="red"), "does not fit SAE.*colour"),
         (lambda f: edit(f, **{"class": "Thing"}), "of class 'Thing', not SAE"),
     ],

@@ -212,7 +212,7 @@ def test_target_other_than_x():
         (lambda: make().loss(torch.ones(3, 12, dtype=torch.int32)), "x must be a floating-point tensor"),
         (lambda: make().loss(torch.ones(0, 12)), "x must hold at least two tokens"),
         (lambda: make().loss(torch.ones(1, 12)), "at least two tokens"),
-        (lambda: make().loss(torch.ones(3, 12), torch.ones(2, 12)), "target must have the shape of x"),
+        (lambda: make().loss(torch.ones(3, 12), torch.ones(2, 12)), "target must have shape"),
         (lambda: make().fit_start_(torch.full((3, 12), float("nan"))), "x holds NaN or infinity, first in row 0"),
     ],
 )

@@ -1,10 +1,18 @@
 """Evaluation against its definition, and the PCA bar."""
 
+import importlib
+import math
+
 import pytest
 import torch
 
 import sparsekern as sk
 from sparsekern.training import pca_fvu
+from sparsekern.training.evaluate import max_cosines, random_max_cosine
+
+evaluate_module = importlib.import_module(
+    "sparsekern.training.evaluate"
+)  # the package exports the function by this name
 
 
 def test_measures_equal_their_definitions():
@@ -50,3 +58,69 @@ def test_pca_fvu_is_the_tail_of_the_spectrum():
 def test_too_little_data_is_refused():
     with pytest.raises(ValueError, match="at least two tokens"):
         sk.evaluate(sk.SAE(4, 8, sk.TopK(1)), [torch.randn(1, 4)])
+
+
+def test_batches_of_any_shape_and_targets():
+    sae = sk.SAE(8, 30, sk.TopK(3))
+    x, target = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+    whole = sk.evaluate(sae, [x.reshape(20, 8)])
+    split = sk.evaluate(sae, x.split(2))
+    assert (split.tokens, split.fvu) == (20, pytest.approx(whole.fvu))
+    assert sk.evaluate(sae, [(x, x)]).to_dict() == whole.to_dict()
+    measured = sk.evaluate(sae, [(x[:1], target[:1]), (x[1:], target[1:])])
+    y = target.double().reshape(20, 8)
+    wanted = (y - sae(x).reshape(20, 8)).square().sum() / (y - y.mean(0)).square().sum()
+    assert measured.fvu == pytest.approx(wanted.item())
+    assert measured.l0 == whole.l0
+    with pytest.raises(ValueError, match=r"targets must have 8 columns \(d_out of the SAE\), got 7"):
+        sk.evaluate(sae, [(x, target[..., :7])])
+
+
+@pytest.mark.parametrize("block", [7, 8192])
+def test_redundancy_equals_its_definition_over_the_latents_that_fire(monkeypatch, block):
+    monkeypatch.setattr(evaluate_module, "_BLOCK", block)
+    sae = sk.SAE(8, 40, sk.TopK(2))
+    with torch.no_grad():
+        sae.W_enc[20:] = 0  # these never fire
+        sae.b_enc[20:] = -1
+        sae.W_dec[1] = 3 * sae.W_dec[0]  # duplicates, at another length
+        sae.W_dec[21] = sae.W_dec[5]  # a duplicate that never fires
+        sae.W_dec[2] = 0
+    x = torch.cat([sae.W_enc[:20].detach(), torch.randn(10, 8)])  # each of the first fires
+    measured = sk.evaluate(sae, [x])
+    assert measured.silent_fraction == 0.5
+    rows = torch.nn.functional.normalize(sae.W_dec[:20].double(), dim=1)
+    best = (rows @ rows.T).fill_diagonal_(-1).amax(1)
+    assert measured.max_cosine == pytest.approx(best.mean().item(), rel=1e-6)
+    assert measured.duplicate_fraction == pytest.approx((best > 0.9).double().mean().item())
+    assert measured.duplicate_fraction >= 0.1
+    few = sk.evaluate(sae, [x], compared=6)
+    assert few.duplicate_fraction * 6 == pytest.approx(round(few.duplicate_fraction * 6))
+    assert few.to_dict() == sk.evaluate(sae, [x], compared=6).to_dict()
+    with pytest.raises(ValueError, match="compared must be at least 1"):
+        sk.evaluate(sae, [x], compared=0)
+
+
+def test_one_latent_has_no_other_to_be_compared_with():
+    measured = sk.evaluate(sk.SAE(4, 5, sk.TopK(1)), [torch.randn(1, 4).repeat(3, 1)])
+    assert math.isnan(measured.max_cosine)
+    assert math.isnan(measured.duplicate_fraction)
+    assert math.isnan(measured.max_cosine_null)
+
+
+@pytest.mark.parametrize(("n", "d"), [(2, 2), (50, 2), (2, 7), (3000, 3), (2000, 40), (500, 768)])
+def test_the_null_of_redundancy_is_what_random_directions_give(n, d):
+    repeats = min(1000, max(1, 20_000 // n))
+    draws = [max_cosines(torch.randn(n, d), torch.arange(n), n).double() for _ in range(repeats)]
+    best = torch.stack(draws)
+    mean, share = random_max_cosine(n, d, above=0.5)
+    spread = (best.mean(1).std() / repeats**0.5).item() if repeats > 4 else 0.01
+    assert best.mean().item() == pytest.approx(mean, abs=5 * spread + 1e-4)
+    assert (best > 0.5).double().mean().item() == pytest.approx(share, abs=0.08)
+
+
+def test_the_null_is_quick_and_sound_at_the_size_of_a_large_dictionary():
+    mean, share = random_max_cosine(131_072, 768)
+    # Extreme values: √(2 ln n / d) to leading order, with a smaller mean.
+    assert 0.12 < mean < math.sqrt(2 * math.log(131_072) / 768)
+    assert 0 <= share < 1e-100

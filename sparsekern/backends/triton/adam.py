@@ -21,7 +21,16 @@ from torch import Tensor
 
 from sparsekern.backends.triton._launch import launch
 from sparsekern.backends.triton.encode import LIMITS, Quantized, scale_of
-from sparsekern.backends.triton.products import ENTRIES, SPLIT, ByLatent, _rows, scatter_outer, sum_latent
+from sparsekern.backends.triton.products import (
+    ENTRIES,
+    SPLIT,
+    ByLatent,
+    _rows,
+    csr_scatter_outer,
+    scatter_outer,
+    sum_latent,
+)
+from sparsekern.codes import entry_rows
 from sparsekern.factors import OuterProducts, identity
 
 
@@ -40,12 +49,12 @@ class SortedFactors:
     def __init__(self, parts: Sequence[OuterProducts], d_sae: int) -> None:
         self._outer_products, self._d_sae = parts, d_sae
         self.parts: list[_Part] = []
-        sorted_before: dict[tuple[tuple[int, int], int], ByLatent] = {}
-        for values, indices, vectors, _ in parts:
-            key = identity(indices), indices.numel()
+        sorted_before: dict[tuple[object, ...], ByLatent] = {}
+        for part in parts:
+            key = identity(part.indices), part.indices.shape, None if part.crow is None else identity(part.crow)
             if key not in sorted_before:
-                sorted_before[key] = ByLatent(indices, d_sae, values.shape[1])
-            by, values, vectors = sorted_before[key], values.contiguous(), _rows(vectors)
+                sorted_before[key] = _by_latent(part, d_sae)
+            by, values, vectors = sorted_before[key], part.values.contiguous(), _rows(part.vectors)
             self.parts.append(_Part(values, vectors, by, by.pieces(values, vectors)))
         if len(self.parts) > 2:
             self.parts = [_as_compact(parts, d_sae)]
@@ -54,31 +63,45 @@ class SortedFactors:
         """An upper bound on the sum of squares of the gradient, by the triangle inequality: next to no work."""
         total = torch.zeros((), dtype=torch.float32, device=self._outer_products[0].values.device)
         lengths = total.new_zeros(self._d_sae)
-        for values, indices, vectors, _ in self._outer_products:
-            slots = values.abs() * torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float32)
+        for values, indices, vectors, crow in self._outer_products:
+            norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float32)
+            norms = norms.unsqueeze(1) if crow is None else norms[entry_rows(crow, indices)]
             # Atomics: the order of these sums is left to chance, which the last factor is far more than enough for.
-            lengths.index_add_(0, indices.flatten(), slots.flatten().float())
+            lengths.index_add_(0, indices.flatten(), (values.abs() * norms).flatten().float())
         return 1.001 * lengths.square().sum(dtype=torch.float64)
+
+
+def _by_latent(part: OuterProducts, d_sae: int) -> ByLatent:
+    """The entries of a part by latent; those in CSR form have their row beside them."""
+    if part.crow is None:
+        return ByLatent(part.indices, d_sae, part.values.shape[1])
+    return ByLatent(part.indices, d_sae, 1, entry_rows(part.crow, part.indices).int())
 
 
 def _as_compact(parts: Sequence[OuterProducts], d_sae: int) -> _Part:
     """Any number of parts as one, with a row for every latent."""
-    dense = torch.stack([scatter_outer(values, indices, vectors, d_sae) for values, indices, vectors, _ in parts]).sum(
-        0
-    )
+    dense = torch.stack([_as_dense(part, d_sae) for part in parts]).sum(0)
     by = ByLatent(torch.arange(d_sae, dtype=torch.int32, device=dense.device), d_sae, 1)
     ones = dense.new_ones(d_sae, 1)
     return _Part(ones, dense, by, by.pieces(ones, dense))
 
 
+def _as_dense(part: OuterProducts, d_sae: int) -> Tensor:
+    values, indices, vectors, crow = part
+    if crow is None:
+        return scatter_outer(values, indices, vectors, d_sae)
+    return csr_scatter_outer(values, crow, indices, vectors, d_sae)
+
+
 @triton.jit(do_not_specialize=["k", "other_k"])
 def _row_adam(
     weight, first_moment, second_moment, squares, hyper, needed,
-    values, vectors, vector_stride, start, order, piece_start, pieces, k,
-    other_values, other_vectors, other_stride, other_start, other_order, other_piece_start, other_pieces, other_k,
+    values, vectors, vector_stride, start, order, row_of, piece_start, pieces, k,
+    other_values, other_vectors, other_stride, other_start, other_order, other_row_of, other_piece_start, other_pieces,
+    other_k,
     copy, copy_scale, copy_norm, copy_error, d, first_rate, second_rate, eps,
-    TWO: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr, COPY: tl.constexpr, LIMIT: tl.constexpr,
-    SPLIT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+    CSR: tl.constexpr, TWO: tl.constexpr, OTHER_CSR: tl.constexpr, UNIT_ROWS: tl.constexpr, UPDATE: tl.constexpr,
+    COPY: tl.constexpr, LIMIT: tl.constexpr, SPLIT: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     if tl.load(needed) != 0:
@@ -86,13 +109,13 @@ def _row_adam(
         inside = column < d
         place = latent * d + column
         gradient = sum_latent(
-            values, vectors, vector_stride, start, order, start, piece_start, pieces, latent, k, d, column, inside,
-            False, SPLIT, ENTRIES, BLOCK,
+            values, vectors, vector_stride, start, order, row_of, piece_start, pieces, latent, k, d, column, inside,
+            CSR, SPLIT, ENTRIES, BLOCK,
         )  # fmt: skip
         if TWO:
             gradient += sum_latent(
-                other_values, other_vectors, other_stride, other_start, other_order, other_start, other_piece_start,
-                other_pieces, latent, other_k, d, column, inside, False, SPLIT, ENTRIES, BLOCK,
+                other_values, other_vectors, other_stride, other_start, other_order, other_row_of, other_piece_start,
+                other_pieces, latent, other_k, d, column, inside, OTHER_CSR, SPLIT, ENTRIES, BLOCK,
             )  # fmt: skip
         row = tl.load(weight + place, mask=inside, other=0.0)
         if UNIT_ROWS:
@@ -146,12 +169,14 @@ def _launch(
         hyper,
         needed,
         *_pointers(one),
-        *(_pointers(two) if two else (None, None, 0, None, None, None, None, 0)),
+        *(_pointers(two) if two else (None, None, 0, None, None, None, None, None, 0)),
         *((None,) * 4 if copy is None else (copy.cast.rows, copy.cast.scale, copy.cast.norm, copy.cast.error)),
         d,
         *(1 - beta for beta in betas),  # here: in float32 1 - 0.999 would be off by 1e-5 of itself
         eps,
+        CSR=one.by.row_of is not None,
         TWO=two is not None,
+        OTHER_CSR=two is not None and two.by.row_of is not None,
         UNIT_ROWS=unit_rows,
         UPDATE=hyper is not None,
         COPY=copy is not None,
@@ -163,9 +188,9 @@ def _launch(
     )
 
 
-def _pointers(part: _Part) -> tuple[Tensor | int, ...]:
-    by = part.by
-    return part.values, part.vectors, part.vectors.stride(0), by.start, by.order, by.piece_start, part.pieces, by.k
+def _pointers(part: _Part) -> tuple[Tensor | int | None, ...]:
+    by, strided = part.by, (part.values, part.vectors, part.vectors.stride(0))
+    return *strided, by.start, by.order, by.row_of, by.piece_start, part.pieces, by.k
 
 
 def clip_factor(factors: Sequence[tuple[SortedFactors, Tensor, bool]], rest: Tensor, clip_norm: float) -> Tensor:

@@ -32,15 +32,34 @@ def random_weight(device):
 
 
 def random_parts(device, parts):
-    """Outer products of several widths, where latent 0 has many entries and the last two latents none."""
+    """Outer products of several widths, where latent 0 has many entries and the last two latents none.
+
+    Of `parts`, a number or a kind each, those of the kind "csr" have from none to all latents a row.
+    """
     made = []
-    for part in range(parts):
+    for part, kind in enumerate(["fixed"] * parts if isinstance(parts, int) else parts):
+        if kind == "csr":
+            made.append(csr_part(device))
+            continue
         rows, k = (7, 2) if part != 1 else (5, 3)
         indices = torch.randint(1, N - 2, (rows, k), dtype=torch.int32)
         indices[:, 0] = 0
         values = torch.randn(rows, k) * (torch.rand(rows, k) > 0.2)
         made.append(OuterProducts(values.to(device), indices.to(device), torch.randn(D, rows).T.to(device)))
     return made
+
+
+def csr_part(device, rows=6):
+    """Entries of rows of which the first and the last have none, and one has all; latent 0 is in all others."""
+    dense = torch.randn(rows, N - 2) * (torch.rand(rows, N - 2) > 0.6)
+    dense[:, 0] = 1.0
+    dense[2] = torch.randn(N - 2)
+    dense[0] = dense[-1] = 0
+    row, col = dense.nonzero(as_tuple=True)
+    values = dense[row, col] * (torch.rand(len(row)) > 0.2)  # some entries that are zero
+    crow = torch.nn.functional.pad((dense != 0).sum(1).cumsum(0), (1, 0))
+    vectors = torch.randn(D, rows).T
+    return OuterProducts(*(t.to(device) for t in (values, col.int(), vectors, crow)))
 
 
 def fresh_state(weight):
@@ -50,14 +69,23 @@ def fresh_state(weight):
 
 def dense_gradient(parts, weight, unit_rows):
     """In float64, projected where the rows are to keep their norm."""
-    parts = [(values.cpu().double(), indices.cpu(), vectors.cpu().double()) for values, indices, vectors in parts]
-    gradient = sum(reference.scatter_outer(*part[:3], N) for part in parts)
+    gradient = sum(dense_part(*(None if t is None else t.cpu() for t in part)) for part in parts)
     return gradient - (gradient * weight).sum(1, keepdim=True) * weight if unit_rows else gradient
+
+
+def dense_part(values, indices, vectors, crow):
+    if crow is None:
+        return reference.scatter_outer(values.double(), indices, vectors.double(), N)
+    return reference.csr_scatter_outer(values.double(), crow, indices, vectors.double(), N)
 
 
 @pytest.mark.parametrize(
     ("parts", "unit_rows", "clip_norm"),
-    [(1, False, float("inf")), (1, True, 0.5), (2, False, 0.5), (2, True, 1e4), (3, False, 1e4), (3, True, 0.5)],
+    [
+        *[(1, False, float("inf")), (1, True, 0.5), (2, False, 0.5), (2, True, 1e4), (3, False, 1e4), (3, True, 0.5)],
+        *[(["csr"], True, 0.5), (["fixed", "csr"], False, 0.5), (["csr", "fixed"], True, 1e4)],
+        *[(["csr", "csr"], False, 0.5), (["csr", "fixed", "csr"], True, 0.5)],
+    ],
 )
 def test_equal_to_torch_adam(triton_device, parts, unit_rows, clip_norm):
     weight = random_weight(triton_device)
@@ -104,13 +132,42 @@ def test_the_bound_on_the_norm_may_be_loose_but_never_low(triton_device):
     (one,) = random_parts(triton_device, 1)
     opposite = one._replace(values=-0.999 * one.values)
     apart = OuterProducts(one.values[:, :1], torch.arange(7, dtype=torch.int32)[:, None].to(triton_device), one.vectors)
-    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([one, opposite], 1000, 1e9)]:
+    entries = csr_part(triton_device)
+    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([entries], 1.1, 10), ([one, opposite], 1e3, 1e9)]:
         factors = adam.SortedFactors(parts, N)
         exact = dense_gradient(parts, weight.cpu().double(), False).square().sum()
         assert least <= factors.square_bound().item() / exact <= most
         for share in (0.99, 1.01):
             clip = adam.clip_factor([(factors, weight, False)], rest, share * exact.sqrt().item())
             assert clip.item() == pytest.approx(min(share, 1), rel=1e-3)
+
+
+def test_without_entries_the_moments_decay(triton_device):
+    weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
+    state, before = fresh_state(weight), weight.clone()
+    state["exp_avg"] += 1
+    none = [
+        t.to(triton_device) for t in (torch.zeros(0), torch.zeros(0).int(), torch.randn(3, D), torch.zeros(4).long())
+    ]
+    factors = adam.SortedFactors([OuterProducts(*none)], N)
+    rest = torch.tensor(1.0, dtype=torch.float64, device=triton_device)
+    clip = adam.clip_factor([(factors, weight, False)], rest, 0.25)
+    assert clip.item() == pytest.approx(0.25, rel=1e-5)
+    options = {**OPTIONS, "clip": clip, "copy": None, "finite": finite}
+    assert adam.row_adam(factors, weight, False, state, **options) == 0
+    torch.testing.assert_close(state["exp_avg"], torch.full_like(weight, 0.9))
+    assert (weight < before).all()
+
+
+def test_entries_in_csr_form_are_updated_without_waiting(triton_device, no_waiting):
+    weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
+    state, rest = fresh_state(weight), torch.ones((), dtype=torch.float64, device=triton_device)
+    for kinds in (["csr", "fixed"], ["csr", "fixed", "csr"]):
+        parts = random_parts(triton_device, kinds)
+        with no_waiting():
+            factors = adam.SortedFactors(parts, N)
+            clip = adam.clip_factor([(factors, weight, True)], rest, 0.5)
+            adam.row_adam(factors, weight, True, state, **OPTIONS, clip=clip, copy=None, finite=finite)
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])
