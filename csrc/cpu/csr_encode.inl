@@ -151,7 +151,7 @@ float reached_by(std::int64_t count, const Each& each) {
 struct BatchTopk {
     Blocks& blocks;
     BatchLargest& found;
-    float* lower;  // [used, capacity]: what the candidates certainly reach
+    float* lower;  // [used, capacity]: what the candidates certainly reach; half as much memory again
 
     Row& row(std::int64_t b) const { return blocks.rows[b]; }
     float* lower_of(std::int64_t b) const { return lower + b * blocks.screen.capacity; }
