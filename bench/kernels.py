@@ -98,7 +98,7 @@ def uneven(sae: sk.SAE, x: Tensor, grad: Tensor, k: int) -> dict[str, Callable[[
     update, _ = updates(sae, x, grad, OuterProducts(values, col, grad, crow))
     return {
         "batch_topk_encode": lambda: sk.batch_topk_encode(x, weight, bias, k),
-        "batch_topk_encode, reference": lambda: reference.batch_topk_encode(x, weight, bias, k, "auto"),
+        "batch_topk_encode, reference": lambda: reference.batch_topk_encode(x, weight, bias, k * len(x), "auto"),
         "threshold_encode": lambda: sk.threshold_encode(x, weight, bias, least),
         "threshold_encode, reference": lambda: reference.threshold_encode(x, weight, bias, least, "auto"),
         "threshold_encode, half of all latents": lambda: sk.threshold_encode(x, centred, None, zero),

@@ -10,8 +10,8 @@ A backend is a module with the functions below, all with the same arguments and 
     -> ``[B, k]``
 ``scatter_outer(values, indices, grad, d_sae)``
     -> ``[d_sae, d]``
-``batch_topk_encode(x, weight, bias, k, screen)``
-    -> crow ``[B + 1]`` int64, col ``[k·B]`` int32, values ``[k·B]``
+``batch_topk_encode(x, weight, bias, count, screen)``, with a count from 1 to ``B · d_sae``
+    -> crow ``[B + 1]`` int64, col ``[count]`` int32, values ``[count]``
 ``threshold_encode(x, weight, bias, threshold, screen)``, with a threshold 0-dim or ``[d_sae]``,
 float32 or float64, of any sign
     -> crow ``[B + 1]`` int64, col ``[nnz]`` int32, values ``[nnz]``

@@ -254,25 +254,25 @@ def threshold_encode(
 
 
 def batch_topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, count: int, screen: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.batch_topk_encode`."""
     global last_encode
     copy = _current_copy(weight)
-    if not _screened(x, weight, copy, screen, k <= weight.shape[0] // 16):
-        return reference.batch_topk_encode(x, weight, bias, k, "none")
     rows = x.shape[0]
+    if not _screened(x, weight, copy, screen, count <= rows * (weight.shape[0] // 16)):
+        return reference.batch_topk_encode(x, weight, bias, count, "none")
     certain = torch.empty(rows, dtype=torch.bool)
     inputs, _alive = _encoder_input(x, weight, bias, copy)
-    found = _native.BatchLargest(inputs, k * rows)
+    found = _native.BatchLargest(inputs, count)
     rescored = _native.batch_topk_encode(inputs, found, certain.data_ptr())
     repair = (~certain).nonzero().squeeze(1)
     last_encode = EncodeStats(rows, rescored, repair.numel())
     for some, scores in _scores(x, weight, bias, repair):
         if not found.add_rows(some.data_ptr(), some.numel(), scores.data_ptr()):  # there is no order among them
-            return reference.batch_topk_encode(x, weight, bias, k, "none")
-    crow, col = torch.empty(rows + 1, dtype=torch.int64), torch.empty(k * rows, dtype=torch.int32)
-    values = x.new_empty(k * rows)
+            return reference.batch_topk_encode(x, weight, bias, count, "none")
+    crow, col = torch.empty(rows + 1, dtype=torch.int64), torch.empty(count, dtype=torch.int32)
+    values = x.new_empty(count)
     found.copy(crow.data_ptr(), col.data_ptr(), values.data_ptr())
     return crow, col, values
 

@@ -199,17 +199,17 @@ _POSITION_BYTES = 16
 
 
 def batch_topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, count: int, screen: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k·B`` largest of all of ``x @ weight.T + bias``, then ReLU; ties to the lower position.
+    """The `count` largest of all of ``x @ weight.T + bias``, then ReLU; ties to the lower position.
 
     Panels are walked with a running set of the best, so that only one panel of pre-activations exists at a time.
 
     Returns
     -------
-    crow [B + 1] int64, col [k·B] int32, values [k·B].
+    crow [B + 1] int64, col [count] int32, values [count].
     """
-    count, n_latents = x.shape[0] * k, weight.shape[0]
+    n_latents = weight.shape[0]
     values = x.new_empty(0, dtype=_work_dtype(x.dtype))
     positions = torch.empty(0, dtype=torch.int64, device=x.device)
     for block, panels in _blocks(x, weight, bias, NARROWEST_PANEL, _POSITION_BYTES):

@@ -241,15 +241,15 @@ class GroupMax(Activation):
 
 
 class BatchTopK(Activation):
-    """Keeps the ``k·B`` largest pre-activations of a whole batch of B tokens, then ReLU: k a token on average.
+    """Keeps the ``int(k·B)`` largest pre-activations of a whole batch of B tokens, then ReLU: k a token on average.
 
     In evaluation mode a token must not depend on its batch. What counts there is `threshold`, which training moves
     towards the least pre-activation that a batch kept; while there is none, the batch decides.
 
     Parameters
     ----------
-    k : int
-        Latents a token, on average.
+    k : float
+        Latents a token, on average, not necessarily a whole number.
     screen : str
         See :func:`sparsekern.topk_encode`.
     threshold_rate : float
@@ -272,9 +272,11 @@ class BatchTopK(Activation):
     threshold: Tensor
     batches_seen: Tensor
 
-    def __init__(self, k: int, screen: str = "auto", threshold_rate: float = 0.1) -> None:
+    def __init__(self, k: float, screen: str = "auto", threshold_rate: float = 0.1) -> None:
         super().__init__()
-        check_k_and_screen(k, screen)
+        if not isinstance(k, int | float) or not k > 0:
+            raise ValueError(f"k must be a number above 0, got {k!r}")
+        check_screen(screen)
         if not 0 < threshold_rate <= 1:
             raise ValueError(f"threshold_rate must be above 0 and at most 1, got {threshold_rate}")
         self.k, self.screen, self.threshold_rate = k, screen, threshold_rate
@@ -656,6 +658,11 @@ def check_k_and_screen(k: int, screen: str, name: str = "k") -> None:
     """Arguments that most activations have."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {k!r}")
+    check_screen(screen)
+
+
+def check_screen(screen: str) -> None:
+    """It is one that there is."""
     if screen not in SCREENS:
         raise ValueError(f"screen must be one of {', '.join(SCREENS)}, got {screen!r}")
 

@@ -36,13 +36,14 @@ def taken_and_values(found, shape):
 def check_batch(problem, k, found=None):
     x, weight, bias = problem
     shape = (x.shape[0], weight.shape[0])
-    taken, dense = taken_and_values(found or cpu.batch_topk_encode(x, weight, bias, k, "int8"), shape)
+    count = int(k * shape[0])
+    taken, dense = taken_and_values(found or cpu.batch_topk_encode(x, weight, bias, count, "int8"), shape)
     scores, error = exact_scores(problem)
-    assert taken.sum() == k * shape[0]
+    assert taken.sum() == count
     assert ((dense - torch.where(taken, scores.relu(), 0)).abs() <= error).all()
     # The set is that of exact arithmetic, up to the rounding of float64 itself; ties go to the lower position.
     order = scores.flatten().sort(descending=True, stable=True)
-    cut = order.values[k * shape[0] - 1]
+    cut = order.values[count - 1]
     level = (scores - cut).abs() <= 1e-8 * error
     assert taken[(scores > cut) & ~level].all()
     assert not taken[(scores < cut) & ~level].any()
@@ -109,9 +110,10 @@ def test_whole_numbers_give_the_reference_to_the_bit(seed):
     x[20:30] = 0
     x[:, 7] *= 60
     weight[1500:] = weight[:500]
-    for k in (1, 17, 100):
+    for count in (1, len(x), 17 * len(x) + 5, 100 * len(x)):
         assert_equal(
-            cpu.batch_topk_encode(x, weight, bias, k, "int8"), reference.batch_topk_encode(x, weight, bias, k, "none")
+            cpu.batch_topk_encode(x, weight, bias, count, "int8"),
+            reference.batch_topk_encode(x, weight, bias, count, "none"),
         )
     for threshold in (torch.tensor(20.0), torch.tensor(-5.0), torch.randint(-9, 30, (2000,)).float()):
         assert_equal(
@@ -124,9 +126,10 @@ def test_batches_of_many_blocks_of_rows():
     """More rows than there is room for the candidates of: blocks share one selection."""
     x, weight, bias = whole_numbers(30000, 700, 8)
     x[::999] *= 30
-    for k in (2, 40):
+    for count in (2 * 30000, 40 * 30000 - 7):
         assert_equal(
-            cpu.batch_topk_encode(x, weight, bias, k, "int8"), reference.batch_topk_encode(x, weight, bias, k, "none")
+            cpu.batch_topk_encode(x, weight, bias, count, "int8"),
+            reference.batch_topk_encode(x, weight, bias, count, "none"),
         )
     assert cpu.last_encode.repaired == 0
 
@@ -148,7 +151,7 @@ def test_equal_rows_of_weights_are_taken_in_order():
     """Thousands of equal scores cannot be told apart by any screening."""
     x, weight, _ = CASES["random"](9, 9000, 64)
     weight[:] = weight[0]
-    found = cpu.batch_topk_encode(x, weight, None, 6, "int8")
+    found = cpu.batch_topk_encode(x, weight, None, 54, "int8")
     assert cpu.last_encode.repaired >= 1
     best = int((x @ weight[0]).argmax())
     assert found[0].tolist() == [0 if row <= best else 54 for row in range(10)]
@@ -176,8 +179,8 @@ def test_weights_and_biases_that_are_not_finite_are_left_to_the_reference():
             tensor[where] = value
             for mine, theirs in (
                 (
-                    cpu.batch_topk_encode(x, weight, bias, 4, "int8"),
-                    reference.batch_topk_encode(x, weight, bias, 4, "none"),
+                    cpu.batch_topk_encode(x, weight, bias, 80, "int8"),
+                    reference.batch_topk_encode(x, weight, bias, 80, "none"),
                 ),
                 (
                     cpu.threshold_encode(x, weight, bias, torch.tensor(3.0), "int8"),
@@ -196,7 +199,7 @@ def test_views_with_offsets_and_strides(poisoned_memory):
     bias, threshold = torch.randn(1600)[::2], 25 + torch.randn(1600)[::2]
     for view in (x, x.T.contiguous().T):
         plain = [t.contiguous() for t in (x, weight, bias)]
-        assert_equal(cpu.batch_topk_encode(view, weight, bias, 9, "int8"), cpu.batch_topk_encode(*plain, 9, "int8"))
+        assert_equal(cpu.batch_topk_encode(view, weight, bias, 310, "int8"), cpu.batch_topk_encode(*plain, 310, "int8"))
         assert_equal(
             cpu.threshold_encode(view, weight, bias, threshold, "int8"),
             cpu.threshold_encode(*plain, threshold.contiguous(), "int8"),
@@ -211,7 +214,7 @@ def test_the_same_bits_for_any_number_of_threads():
             torch.set_num_threads(threads)
             results.append(
                 [
-                    *cpu.batch_topk_encode(x, weight, bias, 20, "int8"),
+                    *cpu.batch_topk_encode(x, weight, bias, 4000, "int8"),
                     *cpu.threshold_encode(x, weight, bias, torch.tensor(9.0), "int8"),
                 ]
             )
@@ -224,7 +227,7 @@ def test_the_same_bits_for_any_number_of_threads():
 def test_screening_spares_most_of_the_work_and_says_how_much():
     x, weight, bias = CASES["random"](200, 8192, 256)
     for _ in range(2):
-        cpu.batch_topk_encode(x, weight, bias, 32, "int8")
+        cpu.batch_topk_encode(x, weight, bias, 6400, "int8")
         stats = cpu.last_encode
         cpu.threshold_encode(x, weight, bias, cpu.topk_encode(x, weight, bias, 32, "int8")[0][:, -1].mean(), "int8")
         for found in (stats, cpu.last_encode):
@@ -237,13 +240,13 @@ def test_screening_spares_most_of_the_work_and_says_how_much():
 def test_auto_screens_where_it_pays_only(monkeypatch):
     monkeypatch.setattr(cpu, "last_encode", None)
     weight, threshold = torch.randn(4096, 64), torch.tensor(20.0)
-    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 2048, "auto")
-    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 8, "none")
+    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 64 * 2048, "auto")
+    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 64 * 8, "none")
     cpu.threshold_encode(torch.randn(2, 64), weight, None, threshold, "auto")
     cpu.threshold_encode(torch.randn(64, 64), weight, None, threshold, "none")
     assert cpu.last_encode is None
     cpu.threshold_encode(torch.randn(64, 64), weight, None, threshold, "auto")
     assert (cpu.last_encode is not None) == cpu.screens(4096, 64)
     monkeypatch.setattr(cpu, "last_encode", None)
-    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 8, "auto")
+    cpu.batch_topk_encode(torch.randn(64, 64), weight, None, 64 * 8, "auto")
     assert (cpu.last_encode is not None) == cpu.screens(4096, 64)

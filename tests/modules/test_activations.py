@@ -146,7 +146,7 @@ def test_a_tied_unit_module_keeps_its_rows_at_the_start():
         (lambda: make(sk.AbsTopK(33)), "k must be at most d_sae=32, got 33"),
         (lambda: sk.GroupMax(1.5), "k must be a whole number of at least 1, got 1.5"),
         (lambda: make(sk.GroupMax(5)), "k must divide d_sae=32, got 5"),
-        (lambda: sk.BatchTopK(-1), "k must be a whole number of at least 1, got -1"),
+        (lambda: sk.BatchTopK(-1), "k must be a number above 0, got -1"),
         (lambda: make(sk.BatchTopK(33)), "k must be at most d_sae=32, got 33"),
         (lambda: sk.BatchTopK(3, threshold_rate=0), "threshold_rate must be above 0 and at most 1, got 0"),
         (lambda: sk.BatchTopK(3, threshold_rate=float("nan")), "threshold_rate must be above 0 and at most 1, got nan"),

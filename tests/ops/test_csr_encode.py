@@ -19,7 +19,7 @@ from sparsekern.ops._threshold_encode import _threshold_encode
 
 def batch_topk(pre, k):
     """Positions, in row-major order, of the k·B largest: a stable sort of everything."""
-    return pre.flatten().sort(descending=True, stable=True).indices[: k * pre.shape[0]].sort().values
+    return pre.flatten().sort(descending=True, stable=True).indices[: int(k * pre.shape[0])].sort().values
 
 
 def above(pre, threshold):
@@ -52,7 +52,7 @@ def whole_number_problems(draw):
     threshold = draw(st.sampled_from([-1.5, 0, 1, 2.5, "one a latent"]))
     if isinstance(threshold, str):
         threshold = torch.randint(-2, 4, (n,), generator=generator).float()
-    return x, weight, bias, draw(st.integers(1, n)), threshold
+    return x, weight, bias, draw(st.one_of(st.integers(1, n), st.floats(1, n))), threshold
 
 
 @pytest.fixture
@@ -356,10 +356,27 @@ def test_bad_arguments_are_named(encode, change, message):
         encode(**arguments)
 
 
-@pytest.mark.parametrize("k", [0, 17])
-def test_k_out_of_range_is_refused(k):
-    with pytest.raises(ValueError, match=f"k must be between 1 and d_sae=16, got {k}"):
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (0, "above 0 and at most d_sae=16, got 0"),
+        (16.1, "above 0 and at most d_sae=16, got 16.1"),
+        (float("nan"), "above 0 and at most d_sae=16, got nan"),
+        (0.24, "at least 1 / 4 to keep anything of 4 tokens, got 0.24"),
+    ],
+)
+def test_k_out_of_range_is_refused(k, message):
+    with pytest.raises(ValueError, match=f"k must be {message}"):
         sk.batch_topk_encode(torch.ones(4, 8), torch.ones(16, 8), None, k)
+
+
+def test_k_need_not_be_whole():
+    x, weight = torch.randn(10, 4), torch.randn(6, 4)
+    for k, count in [(0.1, 1), (1.8, 18), (1.89, 18), (2.0, 20), (5.99, 59)]:
+        assert sk.batch_topk_encode(x, weight, None, k).col.shape == (count,)
+    sae = sk.SAE(4, 6, sk.BatchTopK(1.8))
+    assert sae.loss(x).codes.col.shape == (18,)
+    assert sk.SAE.from_config(sae.config()).activation.k == 1.8
 
 
 @pytest.mark.parametrize(

@@ -303,9 +303,10 @@ def _check_threshold_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 def _check_batch_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
     x, weight, bias, k = _encode_cases(dtype)[0]
-    crow, col, values = triton.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), k, "auto")
-    if col.shape[0] != k * x.shape[0]:
-        raise _DisagreementError(f"{col.shape[0]} entries were kept, not {k * x.shape[0]}")
+    count = k * x.shape[0] - 1  # no whole number a row
+    crow, col, values = triton.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), count, "auto")
+    if col.shape[0] != count:
+        raise _DisagreementError(f"{col.shape[0]} entries were kept, not {count}")
     score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     flat = torch.zeros_like(score).flatten()
     order = score.flatten().sort(descending=True, stable=True).indices[: col.shape[0]]

@@ -86,28 +86,28 @@ def threshold_encode(
 
 
 def batch_topk_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, count: int, screen: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.batch_topk_encode`.
 
-    Two passes of the screen: the k·B-th largest of the keys, which are some of the scores, is at most that of all
+    Two passes of the screen: the count-th largest of the keys, which are some of the scores, is at most that of all
     scores, and less the errors a threshold for the second.
     """
     x, rows = x.contiguous(), x.shape[0]
-    plan = _plan(x, weight, k, screen)
+    plan = _plan(x, weight, -(-count // rows), screen)
     if plan is None:
-        return reference.batch_topk_encode(x, weight, bias, k, "none")
+        return reference.batch_topk_encode(x, weight, bias, count, "none")
     screened = topk.screen_operands(x, weight, bias, plan, topk.current_copy(weight))
     best = None
     for part in topk.chunks(rows, 4 * plan.n_buckets * plan.keep):
         keys = topk.lowest_scores(topk.screen_keys(screened, part, bias, plan), plan)
         score = keys - 2 * screened.slack[part, None, None] - 2 * screened.relative * keys.abs()
         score = score.flatten() if best is None else torch.cat([best, score.flatten()])
-        best = score.topk(min(k * rows, score.numel()), sorted=False).values
+        best = score.topk(min(count, score.numel()), sorted=False).values
     assert best is not None  # there is a row
     crow, col, score = _above(x, weight, bias, best.amin(), screened)
     # Entries are in order of row and latent, which a stable sort keeps among ties.
-    order = score.sort(descending=True, stable=True).indices[: k * rows]
+    order = score.sort(descending=True, stable=True).indices[:count]
     kept = torch.zeros(score.shape[0], dtype=torch.bool, device=x.device)
     kept[order] = True
     return _keep(crow, col, score.relu().to(x.dtype), kept)

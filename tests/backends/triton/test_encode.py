@@ -341,15 +341,16 @@ def test_threshold_encode(triton_device, rows, n, d, level, per_latent, seed):
 
 @few
 @given(
-    rows=st.integers(1, 5), n=st.integers(3, 300), d=st.integers(1, 40), k=st.integers(1, 3), seed=st.integers(0, 2**31)
+    rows=st.integers(1, 5), n=st.integers(3, 300), d=st.integers(1, 40), k=st.floats(1, 3), seed=st.integers(0, 2**31)
 )
 def test_batch_topk_encode(triton_device, rows, n, d, k, seed):
+    count = int(k * rows)
     torch.manual_seed(seed)
     x, weight = torch.randint(-2, 3, (rows, d)).float(), torch.randint(-2, 3, (n, d)).float()
     with pytest.MonkeyPatch.context() as patch:
         if n >= 24:
             few_buckets(patch, n_buckets=8, keep=3)
-        found = csr_encode.batch_topk_encode(x.to(triton_device), weight.to(triton_device), None, k, "auto")
-    expected = reference.batch_topk_encode(x, weight, None, k, "none")
+        found = csr_encode.batch_topk_encode(x.to(triton_device), weight.to(triton_device), None, count, "auto")
+    expected = reference.batch_topk_encode(x, weight, None, count, "none")
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine.cpu(), other)
