@@ -29,7 +29,7 @@ train: $(VENV)/installed
 	    --expansion 64 --k 32 --steps 400 --lr 1e-3 --eval-every 100 --checkpoint-every 200
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -51,8 +51,9 @@ def plot_loss(rows: list[dict[str, float]], summary: dict[str, Any], path: Path)
     held_out = [row for row in rows if "heldout_fvu" in row]
     axes.plot([r["tokens"] for r in train], [r["fvu"] for r in train], lw=1, color="0.6", label="training batches")
     axes.plot([r["tokens"] for r in held_out], [r["heldout_fvu"] for r in held_out], "o-", color="C0", label="held out")
-    label = f"PCA, {summary['pca_components']} components: {summary['pca_fvu']:.3f}"
-    axes.axhline(summary["pca_fvu"], color="C3", ls="--", lw=1, label=label)
+    if summary["pca_fvu"] is not None:
+        label = f"PCA, {summary['pca_components']} components: {summary['pca_fvu']:.3f}"
+        axes.axhline(summary["pca_fvu"], color="C3", ls="--", lw=1, label=label)
     axes.annotate(
         f"{summary['heldout_fvu']:.3f}",
         (held_out[-1]["tokens"], held_out[-1]["heldout_fvu"]),

@@ -101,11 +101,12 @@ def real(store: Path, rows: int, n: int) -> Problem:
     return Problem(x - sae.b_dec.detach(), sae.W_enc.detach(), sae.b_enc.detach())
 
 
-def wrong_rows(problem: Problem, indices: Tensor) -> Tensor:
-    """Which rows of `indices` ``[rows, k]`` are wrong: ``[rows]`` bool."""
+def wrong_rows(problem: Problem, indices: Tensor, absolute: bool = False) -> Tensor:
+    """Which rows of `indices` ``[rows, k]`` are wrong, by score or by its size: ``[rows]`` bool."""
     x, weight, bias = problem
     k = indices.shape[1]
     scores = torch.addmm(bias.double(), x.double(), weight.double().T)
+    scores = scores.abs() if absolute else scores
     kth = scores.topk(k, dim=1).values[:, -1:]
     tied = 1e-13 * (x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).max() + bias.abs().max())
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices.long(), True)
@@ -117,7 +118,7 @@ def wrong_rows(problem: Problem, indices: Tensor) -> Tensor:
     wrong = (chosen.sum(1) != k) | (above & ~chosen).any(1) | (chosen & below).any(1) | skipped.any(1)
     rows = wrong.nonzero().squeeze(1)
     if rows.numel():
-        again = reference.topk_encode(x[rows], weight, bias, k, "none")[1]
+        again = reference.topk_encode(x[rows], weight, bias, k, "none", absolute)[1]
         wrong[rows] = (again.sort(1).values != indices[rows].sort(1).values).any(1)
     return wrong
 

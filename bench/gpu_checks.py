@@ -21,6 +21,7 @@ import sparsekern as sk
 from sparsekern.backends import reference
 from sparsekern.bench.gpu_kernels import batches, environment, one_line, release, served
 from sparsekern.bench.options import Case
+from sparsekern.modules.activations import Activation
 from sparsekern.ops._sparse_decode import _gather_dot, _scatter_outer
 
 ROWS, LATENTS = 64, 64  # compared in float64
@@ -69,6 +70,9 @@ def of_case(case: Case, device: torch.device, seed: int, *, steps: bool) -> Iter
         problem = Problem(case, device, dtype, seed)
         for screen in ["auto", *served(problem.weight)[0]]:
             yield _entry(case, f"topk_encode, {screen}", dtype, lambda s=screen, p=problem: encode(p, s))  # type: ignore[misc]
+        yield _entry(case, "topk_encode, absolute", dtype, lambda p=problem: encode(p, "auto", absolute=True))  # type: ignore[misc]
+        if case.d_sae % case.k == 0:
+            yield _entry(case, f"best of {case.k} groups", dtype, lambda p=problem: best_of_groups(p))  # type: ignore[misc]
         for n_experts, n_active in ROUTINGS:
             if case.d_sae % n_experts == 0 and case.k <= case.d_sae // n_experts:
                 name = f"routed_topk_encode, {n_active} of {n_experts} experts"
@@ -78,8 +82,10 @@ def of_case(case: Case, device: torch.device, seed: int, *, steps: bool) -> Iter
         del problem
         release(device)
     if steps:
-        yield _entry(case, f"Trainer.step, {STEPS} times", torch.float32, lambda: train(case, device, seed))
-        release(device)
+        for activation in (sk.TopK(case.k), sk.BatchTopK(case.k)):
+            name = f"Trainer.step, {activation.name}, {STEPS} times"
+            yield _entry(case, name, torch.float32, lambda a=activation: train(case, device, seed, a))  # type: ignore[misc]
+            release(device)
 
 
 def _entry(case: Case, name: str, dtype: torch.dtype, run: Callable[[], Check]) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def poison(case: Case, device: torch.device, dtype: torch.dtype) -> None:
     del blocks
 
 
-def encode(problem: Problem, screen: str) -> Check:
+def encode(problem: Problem, screen: str, absolute: bool = False) -> Check:
     """Values and indices of some rows beside the top k in float64, ties to the lower index.
 
     An index is wrong where its float64 score lies below the k-th by more than float32 can tell.
@@ -129,28 +135,72 @@ def encode(problem: Problem, screen: str) -> Check:
     x, weight, bias, rows, k = problem.x, problem.weight, problem.bias, problem.rows, problem.case.k
 
     def call() -> tuple[Tensor, ...]:
-        return sk.topk_encode(x, weight, bias, k, screen)[:2]
+        return sk.topk_encode(x, weight, bias, k, screen, absolute=absolute)[:2]
 
     (values, indices), same = problem.twice(call)
     finite = bool(values.isfinite().all()) and int(indices.min()) >= 0 and int(indices.max()) < len(weight)
     if not finite:
         return Check("topk_encode", _name(x.dtype), float("nan"), 0.0, same)
-    best, exact = reference.topk_encode(x[rows].double(), weight, bias, k, "auto")
-    single, at = reference.topk_encode(x[rows], weight, bias, k, "auto")
+    best, exact = reference.topk_encode(x[rows].double(), weight, bias, k, "auto", absolute)
+    single, at = reference.topk_encode(x[rows], weight, bias, k, "auto", absolute)
 
-    def scores(of: Tensor) -> Tensor:
-        products = [weight[i].double() @ row for i, row in zip(of.long(), x[rows].double(), strict=True)]
-        return torch.stack(products) + bias[of.long()].double()
+    def codes(of: Tensor) -> Tensor:
+        found = scores(problem, of)
+        return found if absolute else found.relu()
 
-    chosen, true = indices[rows], scores(indices[rows])
+    chosen, true = indices[rows], codes(indices[rows])
     missed = ~(chosen.unsqueeze(2) == exact.unsqueeze(1)).any(2)
-    reach = x[rows].double().norm(dim=1, keepdim=True) * weight.norm(dim=1).max().double() + bias.abs().max()
-    wrong = missed & (true.relu() < best[:, -1:] - ROUNDING * reach)
+    wrong = missed & (true.abs() < best[:, -1:].abs() - ROUNDING * reach(problem))
     return Check(
         "topk_encode",
         _name(x.dtype),
-        relative(values[rows], true.relu()),
-        2 * relative(single, scores(at).relu()) + SLACK,
+        relative(values[rows], true),
+        2 * relative(single, codes(at)) + SLACK,
+        same,
+        1 - missed.double().mean().item(),
+        int(wrong.sum()),
+    )
+
+
+def scores(problem: Problem, of: Tensor) -> Tensor:
+    """Pre-activations of the latents `of` in the rows that are compared, in float64."""
+    weight, x = problem.weight, problem.x[problem.rows].double()
+    products = [weight[latents].double() @ row for latents, row in zip(of.long(), x, strict=True)]
+    return torch.stack(products) + problem.bias[of.long()].double()
+
+
+def reach(problem: Problem) -> Tensor:
+    """What :data:`ROUNDING` is a share of, ``[ROWS, 1]``."""
+    norms = problem.x[problem.rows].double().norm(dim=1, keepdim=True)
+    return norms * problem.weight.norm(dim=1).max().double() + problem.bias.abs().max()
+
+
+def best_of_groups(problem: Problem) -> Check:
+    """``GroupMax``: some rows beside the best latent of each of k groups in float64."""
+    x, weight, bias, rows, k = problem.x, problem.weight, problem.bias, problem.rows, problem.case.k
+
+    def call() -> tuple[Tensor, ...]:
+        return sk.GroupMax(k).encode(x, weight, bias)[0][:2]
+
+    (values, indices), same = problem.twice(call)
+    every = torch.arange(k, dtype=torch.int32, device=x.device).expand(ROWS, -1)[: len(rows)]
+
+    def by_reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        routing = (every, *reference.group_slots(every, k))
+        return reference.routed_topk_encode(x[rows].to(dtype), weight, bias, *routing, 1, True, "none")
+
+    (best, exact), (single, at) = by_reference(torch.float64), by_reference(x.dtype)
+    finite = bool(values.isfinite().all()) and int(indices.min()) >= 0 and int(indices.max()) < len(weight)
+    if not finite:
+        return Check("GroupMax", _name(x.dtype), float("nan"), 0.0, same)
+    chosen, true = indices[rows], scores(problem, indices[rows]).relu()
+    missed = chosen != exact
+    wrong = missed & (true < best - ROUNDING * reach(problem)) | (chosen // (len(weight) // k) != every)
+    return Check(
+        "GroupMax",
+        _name(x.dtype),
+        relative(values[rows], true),
+        2 * relative(single, scores(problem, at).relu()) + SLACK,
         same,
         1 - missed.double().mean().item(),
         int(wrong.sum()),
@@ -172,9 +222,9 @@ def routed(problem: Problem, n_experts: int, n_active: int) -> Check:
     wrong = sum(int((a != b).sum()) for a, b in zip((order, offsets), grouped, strict=True))
     exact_logits = x[rows].double() @ router.double().T
     chosen_logits = exact_logits.gather(1, experts[rows].long())
-    reach = x[rows].double().norm(dim=1, keepdim=True)  # times 1, the norm of the router's rows
+    norms = x[rows].double().norm(dim=1, keepdim=True)  # times 1, the norm of the router's rows
     cut = exact_logits.topk(n_active).values[:, -1:]
-    wrong += int((chosen_logits < cut - ROUNDING * reach).sum())
+    wrong += int((chosen_logits < cut - ROUNDING * norms).sum())
 
     def of_experts(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         mine = experts[rows]
@@ -182,22 +232,17 @@ def routed(problem: Problem, n_experts: int, n_active: int) -> Check:
             x[rows].to(dtype), weight, bias, mine, *reference.group_slots(mine, n_experts), k, False, "none"
         )
 
-    def scores(of: Tensor) -> Tensor:
-        products = [weight[i].double() @ row for i, row in zip(of.long(), x[rows].double(), strict=True)]
-        return torch.stack(products) + bias[of.long()].double()
-
     best, exact = of_experts(torch.float64)
     single, at = of_experts(x.dtype)
-    chosen, true = indices[rows], scores(indices[rows])
+    chosen, true = indices[rows], scores(problem, indices[rows])
     missed = ~(chosen.unsqueeze(2) == exact.unsqueeze(1)).any(2)
-    reach = reach * weight.norm(dim=1).max().double() + bias.abs().max()
-    wrong += int((missed & (true.relu() < best[:, -1:] - ROUNDING * reach)).sum())
+    wrong += int((missed & (true.relu() < best[:, -1:] - ROUNDING * reach(problem))).sum())
     wrong += int((chosen // (len(weight) // n_experts)).unsqueeze(2).ne(experts[rows].unsqueeze(1)).all(2).sum())
     return Check(
         "routed_topk_encode",
         _name(x.dtype),
         relative(values[rows], true.relu()),
-        2 * relative(single, scores(at).relu()) + SLACK,
+        2 * relative(single, scores(problem, at).relu()) + SLACK,
         same and bool(values.isfinite().all() and gates.isfinite().all() and logits.isfinite().all()),
         1 - missed.double().mean().item(),
         wrong,
@@ -252,7 +297,7 @@ PRODUCTS: dict[str, Callable[[Problem], Check]] = {
 }
 
 
-def train(case: Case, device: torch.device, seed: int) -> Check:
+def train(case: Case, device: torch.device, seed: int, activation: Activation) -> Check:
     """How far all parameters have moved after some steps, beside the same steps of the reference backend in float64.
 
     Where float32 orders a near tie in another way than float64, whole rows move otherwise, rightly. So the hundredth
@@ -262,12 +307,12 @@ def train(case: Case, device: torch.device, seed: int) -> Check:
     made = batches(case, device, seed)
     torch.manual_seed(seed)
     with device:
-        start = sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0).state_dict()
+        start = sk.SAE(case.d, case.d_sae, activation, aux_coefficient=0).state_dict()
 
     def moved(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of each latent ``[d_sae, 2d + 1]``, and of the decoder's bias."""
         with device:
-            sae = sk.SAE(case.d, case.d_sae, sk.TopK(case.k), aux_coefficient=0, dtype=dtype)
+            sae = sk.SAE(case.d, case.d_sae, activation, aux_coefficient=0, dtype=dtype)
         sae.load_state_dict(start)
         trainer = sk.Trainer(sae, lr=1e-3, warmup_steps=0, fit_start=False)
         for number in range(STEPS):

@@ -36,6 +36,7 @@ from sparsekern.bench.timing import Call, Clock
 from sparsekern.codes import SparseCodes
 from sparsekern.data import zipf_activations
 from sparsekern.ops._checks import SCREENS
+from sparsekern.ops._csr_products import csr_weight_gradient
 from sparsekern.ops._sparse_decode import _gather_dot, _scatter_outer, weight_gradient
 
 BATCHES = 4
@@ -188,6 +189,9 @@ def encode(subject: Subject) -> dict[str, Kernel]:
     def in_half(turn: int) -> object:
         return sk.topk_encode(halves[turn % BATCHES], half, half_bias, k)
 
+    def by_size(turn: int) -> object:
+        return sk.topk_encode(subject.x(turn), weight, bias, k, center=center, absolute=True)
+
     work, base = roofs.encode(case, touched), "matmul, bf16"
     found = {
         base: Kernel(product, roofs.matmul(case)),
@@ -197,6 +201,7 @@ def encode(subject: Subject) -> dict[str, Kernel]:
         "topk_encode": Kernel(ours(), work, base),
         "topk_encode, making the copy": Kernel(ours(fresh), work, base),
         "topk_encode, bf16 weights": Kernel(in_half, roofs.encode(case, touched, weight_bytes=2), base),
+        "topk_encode, absolute": Kernel(by_size, work, base),
     }
     if choose("topk_encode", weight).__name__.split(".")[2] == "triton":
         found |= {f"topk_encode, {path}": Kernel(on_path(path), work, base) for path in PATHS}
@@ -262,18 +267,26 @@ def backward(subject: Subject) -> dict[str, Kernel]:
 
 
 class _Gradients(torch.autograd.Function):
-    """A zero whose backward pass hands out the gradients of both weights as that of a training step does."""
+    """A zero whose backward pass hands out the gradients of both weights as that of a training step does.
+
+    Of codes of a fixed width, or with a `crow` of codes in CSR form.
+    """
 
     @staticmethod
-    def forward(ctx: Any, W_enc: Tensor, W_dec: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, W_enc: Tensor, W_dec: Tensor, *factors: Tensor | None) -> Tensor:
         ctx.save_for_backward(W_enc, W_dec, *factors)
         return W_enc.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
-        W_enc, W_dec, dz, values, indices, x, grad = ctx.saved_tensors
-        of_both = weight_gradient(W_enc, dz, indices, x), weight_gradient(W_dec, values, indices, grad)
-        return *of_both, None, None, None, None, None
+        W_enc, W_dec, dz, values, indices, x, grad, crow = ctx.saved_tensors
+
+        def gradient(weight: Tensor, coefficients: Tensor, vectors: Tensor) -> Tensor | None:
+            if crow is None:
+                return weight_gradient(weight, coefficients, indices, vectors)
+            return csr_weight_gradient(weight, coefficients, crow, indices, vectors)
+
+        return gradient(W_enc, dz, x), gradient(W_dec, values, grad), None, None, None, None, None, None
 
 
 def update(subject: Subject) -> dict[str, Kernel]:
@@ -288,7 +301,15 @@ def update(subject: Subject) -> dict[str, Kernel]:
 
     def from_factors(turn: int) -> object:
         codes = subject.codes(turn)
-        factors = (dz[turn % BATCHES], codes.values, codes.indices, subject.x(turn), subject.grad(turn))
+        factors = (dz[turn % BATCHES], codes.values, codes.indices, subject.x(turn), subject.grad(turn), None)
+        return adam.step(_Gradients.apply(sae.W_enc, sae.W_dec, *factors), lr=0.0, clip_norm=1.0)
+
+    starts = case.k * torch.arange(case.rows + 1, device=sae.device)
+
+    def from_csr_factors(turn: int) -> object:
+        codes = subject.codes(turn)
+        entries = (part.flatten() for part in (dz[turn % BATCHES], codes.values, codes.indices))
+        factors = (*entries, subject.x(turn), subject.grad(turn), starts)
         return adam.step(_Gradients.apply(sae.W_enc, sae.W_dec, *factors), lr=0.0, clip_norm=1.0)
 
     theirs = [w.detach().clone().requires_grad_() for w in (sae.W_enc, sae.W_dec)]
@@ -307,11 +328,12 @@ def update(subject: Subject) -> dict[str, Kernel]:
     return {
         base: Kernel(by_torch, roofs.dense_adam(case)),
         "gradients and Adam of both weights": Kernel(from_factors, roofs.update(case), base),
+        "gradients and Adam, codes in CSR form": Kernel(from_csr_factors, roofs.update(case), base),
     }
 
 
 def routed(subject: Subject) -> dict[str, Kernel]:
-    """``routed_topk_encode`` behind a router of random rows, and that router."""
+    """``routed_topk_encode`` behind a router of random rows, and that router; and the best latent of each group."""
     case, k, base = subject.case, subject.case.k, "topk_encode, all experts"
     weight, bias, _ = subject.weights
     center = subject.sae.b_dec.detach()
@@ -338,6 +360,13 @@ def routed(subject: Subject) -> dict[str, Kernel]:
                 roofs.least_routed_ratio(case, n_experts, n_active),
             )
             found[f"route, {name}"] = Kernel(route, roofs.route(case, n_experts))
+    if case.d_sae % k == 0:
+        groups = sk.GroupMax(k)
+
+        def best_of_groups(turn: int) -> object:
+            return groups.encode(subject.x(turn), weight, bias, center)
+
+        found[f"routed_topk_encode, best of {k} groups"] = Kernel(best_of_groups, work, base, 1.0)
     return found
 
 

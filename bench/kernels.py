@@ -46,7 +46,7 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         cpu.scatter_outer(values, indices, grad, n)
 
     fresh = weight.clone()  # whose int8 copy nobody keeps
-    update, update_by_torch = updates(sae, x, grad, values, indices)
+    update, update_by_torch = updates(sae, x, grad, OuterProducts(values, indices, grad))
     every: dict[str, Callable[[], object]] = {
         "matmul": lambda: x @ weight.T,
         "matmul into an existing tensor": lambda: torch.mm(x, weight.T, out=reused),
@@ -54,6 +54,7 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         "topk_encode, quantizing": lambda: sk.topk_encode(x, fresh, bias, k),
         "topk_encode, reference": lambda: reference.topk_encode(x, weight, bias, k, "auto"),
         "topk_encode, dense torch": lambda: linear(x, weight, bias).relu_().topk(k),
+        "topk_encode, absolute": lambda: sk.topk_encode(x, weight, bias, k, absolute=True),
         **routed(x, weight, bias, k),
         "sparse_decode, cpu": lambda: cpu.sparse_decode(values, indices, dec, None),
         "sparse_decode, reference": lambda: reference.sparse_decode(values, indices, dec, None),
@@ -66,6 +67,7 @@ def calls(sae: sk.SAE, k: int, x: Tensor, grad: Tensor) -> dict[str, Callable[[]
         "decode and gradients, embedding_bag": bag_and_gradients,
         "gradients and Adam of both weights, cpu": update,
         "Adam of both weights, torch": update_by_torch,
+        **uneven(sae, x, grad, k),
     }
     return {name: call for name, call in every.items() if cpu.isa() or not name.endswith(", cpu")}
 
@@ -84,8 +86,34 @@ def routed(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> dict[str, Callabl
     return found
 
 
+def uneven(sae: sk.SAE, x: Tensor, grad: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """The encoders that keep any number of latents a token, k on average, and what their codes go through."""
+    weight, bias, dec, n = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach(), sae.d_sae
+    crow, col, values, _ = sk.batch_topk_encode(x, weight, bias, k)
+    least = values[values > 0].min() * (1 - 1e-6)  # above which there are as many
+    centred, zero = (
+        weight - weight.mean(0),
+        torch.zeros(()),
+    )  # as at the start of a training, half of all latents are above
+    update, _ = updates(sae, x, grad, OuterProducts(values, col, grad, crow))
+    return {
+        "batch_topk_encode": lambda: sk.batch_topk_encode(x, weight, bias, k),
+        "batch_topk_encode, reference": lambda: reference.batch_topk_encode(x, weight, bias, k * len(x), "auto"),
+        "threshold_encode": lambda: sk.threshold_encode(x, weight, bias, least),
+        "threshold_encode, reference": lambda: reference.threshold_encode(x, weight, bias, least, "auto"),
+        "threshold_encode, half of all latents": lambda: sk.threshold_encode(x, centred, None, zero),
+        "csr_decode, cpu": lambda: cpu.csr_decode(values, crow, col, dec, None),
+        "csr_decode, reference": lambda: reference.csr_decode(values, crow, col, dec, None),
+        "csr_gather_dot, cpu": lambda: cpu.csr_gather_dot(grad, crow, col, dec),
+        "csr_gather_dot, reference": lambda: reference.csr_gather_dot(grad, crow, col, dec),
+        "csr_scatter_outer, cpu": lambda: cpu.csr_scatter_outer(values, crow, col, grad, n),
+        "csr_scatter_outer, reference": lambda: reference.csr_scatter_outer(values, crow, col, grad, n),
+        "gradients and Adam of both weights, CSR, cpu": update,
+    }
+
+
 def updates(
-    sae: sk.SAE, x: Tensor, grad: Tensor, values: Tensor, indices: Tensor
+    sae: sk.SAE, x: Tensor, grad: Tensor, decoder_gradient: OuterProducts
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The update of both weights from factors, norm and clipping included, and torch's from dense gradients."""
     ours, theirs = ([w.detach().clone().requires_grad_() for w in (sae.W_enc, sae.W_dec)] for _ in range(2))
@@ -98,10 +126,15 @@ def updates(
     ]
 
     def from_factors() -> None:
-        dz = cpu.gather_dot(grad, indices, ours[1].detach())
+        _, indices, _, crow = decoder_gradient
+        decoder = ours[1].detach()
+        if crow is None:
+            dz = cpu.gather_dot(grad, indices, decoder)
+        else:
+            dz = cpu.csr_gather_dot(grad, crow, indices, decoder)
         with torch.no_grad():
-            for i, (coefficients, vectors) in enumerate(((dz, x), (values, grad))):
-                factors = cpu.SortedFactors([OuterProducts(coefficients, indices, vectors)], sae.d_sae)
+            for i, product in enumerate((OuterProducts(dz, indices, x, crow), decoder_gradient)):
+                factors = cpu.SortedFactors([product], sae.d_sae)
                 cpu.gradient_squares(factors, ours[i], i == 1)
                 cpu.row_adam(
                     factors,

@@ -32,9 +32,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sparsekern.bench.resources import CASES, ROUTINGS, Kernel, Shape, describe, launches, routed_launches, source
+from sparsekern.bench.resources import (
+    CASES,
+    ROUTINGS,
+    Kernel,
+    Shape,
+    describe,
+    group_launches,
+    launches,
+    routed_launches,
+    source,
+)
 
 ARCH = 90
+GROUPS = 32
+"""Of latents of which the best one is kept."""
+
 LARGE = 2**31
 """Elements beyond which a 32-bit offset cannot reach."""
 
@@ -459,6 +472,8 @@ def reports(shapes: dict[str, Shape], arch: int = ARCH) -> list[tuple[str, Repor
         recorded = [settings(launches(shape, arch), contents(shape))]
         for routing in ROUTINGS:
             recorded.append(settings(routed_launches(shape, routing, arch), routed_contents(shape, routing)))
+        every = settings(group_launches(shape, GROUPS, arch), routed_contents(shape, (GROUPS, GROUPS)))
+        recorded.append(every)
         for kernel, setting in (pair for fixed in recorded for pair in fixed.items()):
             if kernel not in texts:
                 texts[kernel] = lower(kernel, arch)

@@ -28,6 +28,25 @@ CONTENDERS = (
 )
 """Names of what a full step is timed of; :mod:`sparsekern.bench.contenders` says what each one is."""
 
+ARCHITECTURES = (
+    "topk",
+    "multi-topk",
+    "groupmax",
+    "abstopk",
+    "batchtopk",
+    "matryoshka",
+    "jumprelu",
+    "relu",
+    "lp",
+    "gated",
+    "tied",
+    "transcoder",
+    "skip-transcoder",
+    "crosscoder",
+    "cross-layer",
+)
+"""Architectures whose steps are timed beside the peers' own; :mod:`sparsekern.bench.peers` says who has which."""
+
 UNROUTED = tuple(name for name in CONTENDERS if not name.startswith("switch-"))
 """Those that are timed where none are named: other models have other costs."""
 
@@ -65,7 +84,12 @@ class BenchOptions(Options):
         None, "what to measure, may be repeated; by default both", choices=("kernels", "steps")
     )
     contenders: list[str] | None = option(
-        None, "whose full steps, may be repeated; by default all that are installed and not routed", choices=CONTENDERS
+        None,
+        "whose full steps, may be repeated; by default, without `architectures`, all that are installed and not routed",
+        choices=CONTENDERS,
+    )
+    architectures: list[str] | None = option(
+        None, "time these beside the peers that have them, may be repeated; by default none", choices=ARCHITECTURES
     )
     rounds: int = option(9, "timed turns of each", at_least=2)
     warm_up: int = option(10, "training steps before anything is timed", unit="steps", at_least=2)

@@ -176,6 +176,9 @@ ROUTINGS = ((8, 1), (32, 2), (128, 2), (200, 1), (512, 2))
 ROUTED = ("F", "A", "small")
 """The cases that these are compiled at."""
 
+GROUPS = (32, 64, 250)
+"""Groups of latents of which each token keeps the best one (``GroupMax``), where they divide the latents."""
+
 
 def launches(shape: Shape, arch: int) -> list[Any]:
     """Every launch of one training step at `shape` on one architecture, and of the other ways to encode."""
@@ -202,10 +205,13 @@ def launches(shape: Shape, arch: int) -> list[Any]:
                 continue
             triton.topk_encode(x, weight, None, k, "auto")
             triton.topk_encode(x, weight, bias, k, "none")
-            triton.topk_encode(x[:512], weight, bias, k, "auto")
-            triton.topk_encode(x, weight, bias, k, "bf16")
-            if arch >= 89:
-                triton.topk_encode(x, weight, bias, k, "fp8")
+            for absolute in (False, True):
+                triton.topk_encode(x[:512], weight, bias, k, "auto", absolute=absolute)
+                triton.topk_encode(x, weight, bias, k, "bf16", absolute=absolute)
+                if arch >= 89:
+                    triton.topk_encode(x, weight, bias, k, "fp8", absolute=absolute)
+            for path in ("fused", "chunked"):
+                triton.topk_encode(x, weight, bias, k, "auto", path, absolute=True)
             triton.scatter_outer(values, indices, x[:, :1], n)
             crow, col = _empty(rows + 1, dtype=torch.int64), _empty(rows * k, dtype=torch.int32)
             triton.csr_decode(values.flatten(), crow, col, weight, None)
@@ -255,14 +261,32 @@ def routed_launches(shape: Shape, routing: tuple[int, int], arch: int) -> list[A
     return found
 
 
+def group_launches(shape: Shape, groups: int, arch: int) -> list[Any]:
+    """Every launch of the encoder that keeps the best latent of each group, at `shape` on one architecture."""
+    from sparsekern.backends import triton
+    from sparsekern.backends.triton import _launch, plans
+
+    rows, d, n, _ = shape
+    plans.assumed_capability = divmod(arch, 10)
+    experts = _empty(rows, groups, dtype=torch.int32)
+    every = (experts, experts.flatten(), _empty(groups + 1, dtype=torch.int32))
+    with _launch.recording() as found:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            if n % groups == 0:
+                triton.routed_topk_encode(x, weight, bias, *every, 1, True, "auto")
+    return found
+
+
 def jobs(cases: Sequence[str]) -> list[tuple[Kernel, int]]:
     """The distinct kernels of some cases, with the architecture that they would be compiled for."""
     found: dict[tuple[Kernel, int], None] = {}
     for arch in ARCHS:
         for case in cases:
-            routings = ROUTINGS if case in ROUTED else ()
-            routed = (one for routing in routings for one in routed_launches(CASES[case], routing, arch))
-            for launch in (*launches(CASES[case], arch), *routed):
+            shape, is_routed = CASES[case], case in ROUTED
+            routed = [one for routing in ROUTINGS if is_routed for one in routed_launches(shape, routing, arch)]
+            grouped = [one for groups in GROUPS if is_routed for one in group_launches(shape, groups, arch)]
+            for launch in (*launches(shape, arch), *routed, *grouped):
                 kernel = describe(launch)
                 # sm_89 is compiled for what it has and sm_80 has not.
                 if arch != 89 or "*fp8e4nv" in kernel.types:

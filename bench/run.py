@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sparsekern.backends import cpu
 from sparsekern.bench import memory, record
-from sparsekern.bench.contenders import ENTRIES
-from sparsekern.bench.options import CONTENDERS, UNROUTED, BenchOptions, Case
+from sparsekern.bench.architectures import ENTRIES, contenders_of
+from sparsekern.bench.options import UNROUTED, BenchOptions, Case
 from sparsekern.data import ActivationLoader, ActivationStore, zipf_activations
 from sparsekern.files import write_json
 from sparsekern.progress import Progress
@@ -108,7 +108,8 @@ def run(options: BenchOptions, progress: bool = False) -> dict[str, Any]:
     """
     options = options.resolved()
     threads = options.threads or torch.get_num_threads()
-    names, skipped = available(options.contenders, threads)
+    wanted = (options.contenders or []) + contenders_of(options.architectures or [])
+    names, skipped = available(wanted or None, threads)
     parts = options.parts or ["kernels", "steps"]
     store = None if options.activations is None else ActivationStore(options.activations)
     cases = options.cases(None if store is None else store.d)
@@ -159,7 +160,7 @@ def available(wanted: list[str] | None, threads: int) -> tuple[list[str], dict[s
     if wanted and skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"contenders cannot run ({reasons}); peers come with `pip install 'sparsekern[bench]'`")
-    return [name for name in CONTENDERS if name in (wanted or UNROUTED) and name not in skipped], skipped
+    return [name for name in ENTRIES if name in (wanted or UNROUTED) and name not in skipped], skipped
 
 
 @contextmanager
@@ -250,8 +251,8 @@ class Bench:
         """Full steps of the contenders, one team after the other."""
         result: dict[str, Any] = {}
         for team in teams:
-            result = self._team(team) | result  # sparsekern is in every team: its first measurement stands
-        return {name: result[name] for name in CONTENDERS if name in result}
+            result = self._team(team) | result  # a reference is in several teams: its first measurement stands
+        return {name: result[name] for name in ENTRIES if name in result}
 
     def _team(self, names: list[str]) -> dict[str, Any]:
         """Contenders whose processes are alive together, by turns."""
@@ -286,21 +287,24 @@ class Bench:
 
 
 def summary(taken: dict[str, list[tuple[float, float]]], name: str) -> dict[str, Any]:
-    """Spreads of a contender's pairs of step and matmul, and of its steps against sparsekern's of the same round."""
+    """Spreads of a contender's pairs of step and matmul, and of its steps against sparsekern's of the same round and
+    architecture.
+    """
     steps, matmuls = zip(*taken[name], strict=True)
     result = {
         "step_ms": record.spread(list(steps)),
         "matmul_ms": record.spread(list(matmuls)),
         "ratio": record.spread([step / matmul for step, matmul in taken[name]]),
     }
-    ours = [step for step, _ in taken.get("sparsekern", [])]
-    if name != "sparsekern" and len(ours) == len(steps):
+    reference = ENTRIES[name].against
+    ours = [step for step, _ in taken.get(reference, [])]
+    if name != reference and len(ours) == len(steps):
         result["over_sparsekern"] = record.spread([step / our for step, our in zip(steps, ours, strict=True)])
     return result
 
 
 def groups(names: list[str], case: Case, memory_share: float) -> list[list[str]]:
-    """Contenders whose processes fit into memory together; sparsekern is in each group, for the comparison.
+    """Contenders whose processes fit into memory together; what they are compared with is in each group.
 
     A resting process holds weights, gradients and Adam's two moments; the one at work a few ``B × N`` tensors more.
     """
@@ -308,7 +312,10 @@ def groups(names: list[str], case: Case, memory_share: float) -> list[list[str]]
     working = 6 * 4 * case.rows * case.d_sae
     free = memory.available()
     room = len(names) if free is None else max(2, int((memory_share * free - working) // resting))
-    ours = ["sparsekern"] if "sparsekern" in names else []
-    others = [name for name in names if name not in ours]
-    size = max(1, room - len(ours))
-    return [ours + others[first : first + size] for first in range(0, max(1, len(others)), size)]
+    teams = []
+    for reference in dict.fromkeys(ENTRIES[name].against for name in names):
+        ours = [reference] if reference in names else []
+        others = [name for name in names if ENTRIES[name].against == reference and name != reference]
+        size = max(1, room - len(ours))
+        teams += [ours + others[first : first + size] for first in range(0, max(1, len(others)), size)]
+    return teams

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsekern.bench.options import ARCHITECTURES
+
 Record = dict[str, Any]
 
 
@@ -25,7 +27,9 @@ class Grid(NamedTuple):
 def tables(record: Record) -> list[Grid]:
     """Everything that a record has to show."""
     return [
-        grid for make in (summary, steps, against, routing, memory, kernels, exactness) if (grid := make(record)).rows
+        grid
+        for make in (summary, steps, against, active, routing, memory, kernels, exactness)
+        if (grid := make(record)).rows
     ]
 
 
@@ -80,6 +84,16 @@ def against(record: Record) -> Grid:
 
     grid = by_case(record, "steps", "full step ÷ sparsekern's full step: median (quartiles)", cell)
     return grid._replace(rows=[row for row in grid.rows if row[0] != "sparsekern" and set(row[1:]) != {"–"}])
+
+
+def active(record: Record) -> Grid:
+    """Active latents a token of those whose number of them varies."""
+
+    def cell(name: str, measured: Any) -> str:
+        return f"{measured['l0']:.1f} → {measured['l0_at_end']:.1f}" if "l0" in measured else "–"
+
+    grid = by_case(record, "steps", "active latents a token, before the timed steps → after them", cell)
+    return grid._replace(rows=[row for row in grid.rows if set(row[1:]) != {"–"}])
 
 
 def routing(record: Record) -> Grid:
@@ -152,7 +166,7 @@ def exactness(record: Record) -> Grid:
 
 def is_own(name: str) -> bool:
     """Whether a contender is sparsekern's."""
-    return name.startswith(("sparsekern", "switch-")) and not name.endswith("-masked")
+    return name in ARCHITECTURES or (name.startswith(("sparsekern", "switch-")) and not name.endswith("-masked"))
 
 
 def wins(name: str, measured: Any) -> bool:

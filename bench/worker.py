@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 
 from sparsekern.backends import cpu
 from sparsekern.bench import kernels, memory
-from sparsekern.bench.contenders import ENTRIES, Contender, Sparsekern, Torch, TorchCompile
+from sparsekern.bench.architectures import ENTRIES
+from sparsekern.bench.contenders import Contender, Sparsekern, Torch, TorchCompile
 from sparsekern.bench.options import Case
 
 
@@ -41,7 +42,6 @@ class Session:
         torch.manual_seed(request["seed"])
         self.case = Case(**request["case"])
         self.batches = load_file(request["batches"])["x"].clone()
-        self.x = self.batches[0]
         self.loss = torch.tensor(float("nan"))
         self.what = request["what"]
         kind = Sparsekern if self.what == "kernels" else ENTRIES[self.what].kind
@@ -50,6 +50,7 @@ class Session:
         rehearse(kind)
         before = memory.resident()
         self.contender: Contender = kind(self.case, request["lr"])
+        self._take(0)
         self.facts = {
             "timed": " ".join((kind.__doc__ or "").split()),
             "version": f"{kind.distribution} {importlib.metadata.version(kind.distribution)}",
@@ -61,6 +62,9 @@ class Session:
         for number in range(1, request["warm_up"]):
             self._step(number)
         highest = memory.peak() if possible else None
+        self.contender.settle(self.batch[0])
+        if self._varies():
+            self.facts["l0"] = self._l0()
         state = self.contender.state_bytes()
         self.facts["parameters_and_optimizer_bytes"] = state
         self.facts["beyond_bytes"] = None if highest is None or before is None else highest - before - state
@@ -68,21 +72,41 @@ class Session:
         if self.what == "kernels":
             grad = torch.randn(self.case.rows, self.case.d)
             sae = self.contender.module
-            self.calls = kernels.calls(sae, self.case.k, self.x, grad)
+            (x,) = self.batch
+            self.calls = kernels.calls(sae, self.case.k, x, grad)
             self.facts["encode_bytes"] = memory.growth(self.calls["topk_encode"])
-            self.facts["exactness"] = kernels.exactness(sae, self.case.k, self.x)
+            self.facts["exactness"] = kernels.exactness(sae, self.case.k, x)
         else:
             weight = self.contender.encoder().detach()
-            self.calls = {"matmul": lambda: self.x @ weight.T, "step": lambda: self.contender.step(self.x)}
+            self.calls = {
+                "matmul": lambda: self.rows @ weight.T,
+                "step": lambda: self.contender.step(*self.batch),
+            }
         for call in self.calls.values():
             call()
 
+    def _take(self, number: int) -> None:
+        """Make the batch of a turn, of as many layers as the contender wants: here, that many batches."""
+        layers = [self.batches[(number + layer) % len(self.batches)] for layer in range(self.contender.layers)]
+        self.batch = self.contender.inputs(torch.stack(layers) if len(layers) > 1 else layers[0][None])
+        self.rows = self.contender.rows(self.batch[0])
+
     def _step(self, number: int) -> None:
-        self.loss = self.contender.step(self.batches[number % len(self.batches)])
+        self._take(number)
+        self.loss = self.contender.step(*self.batch)
+
+    def _varies(self) -> bool:
+        """Whether the number of active latents does."""
+        return type(self.contender).settle is not Contender.settle
+
+    @torch.no_grad()
+    def _l0(self) -> float:
+        """Active latents a token of the batch, as the library itself encodes."""
+        return self.contender.reconstruct(self.batch[0])[1].double().mean().item()
 
     def time(self, request: dict[str, Any]) -> dict[str, float]:
         """Run one call."""
-        self.x = self.batches[request["batch"] % len(self.batches)]
+        self._take(request["batch"])
         call = self.calls[request["call"]]
         start = time.perf_counter()
         result = call()
@@ -93,15 +117,16 @@ class Session:
         return {"ms": 1e3 * elapsed}
 
     def close(self) -> dict[str, float]:
-        """The loss of the last step, as a sign that it trained."""
-        return {"loss": self.loss.item()}
+        """The loss of the last step, as a sign that it trained, and active latents where their number varies."""
+        return {"loss": self.loss.item()} | ({"l0_at_end": self._l0()} if self._varies() else {})
 
 
 def rehearse(kind: type[Contender]) -> None:
     """A tiny step: what torch loads on first use is no memory of the step."""
     # torch.compile would take the second shape that it sees for a reason to compile for any shape.
     kind = Torch if kind is TorchCompile else kind
-    kind(Case("", 4, 4, 8, 2), 1e-4).step(torch.randn(4, 4))
+    contender = kind(Case("", 4, 4, 32, 4), 1e-4)
+    contender.step(*contender.inputs(torch.randn(contender.layers, 4, 4)))
 
 
 def answer(request: dict[str, Any], session: Session | None) -> tuple[dict[str, Any], Session | None]:

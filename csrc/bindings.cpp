@@ -8,11 +8,13 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/csr_encode.h"
 #include "cpu/isa.h"
 #include "cpu/largest.h"
 #include "cpu/parallel.h"
@@ -54,6 +56,12 @@ const TopkEncode& topk() {
     return *topk_encode_generic();
 }
 
+const CsrEncode& csr() {
+    if (chosen_isa == "avx512") return *csr_encode_avx512();
+    if (chosen_isa == "avx2") return *csr_encode_avx2();
+    return *csr_encode_generic();
+}
+
 const RowUpdates& row_updates() {
     if (chosen_isa == "avx512") return *row_updates_avx512();
     if (chosen_isa == "avx2") return *row_updates_avx2();
@@ -76,6 +84,24 @@ Codes codes_at(const Entries& entries, std::int64_t d_sae) {
 // Addresses, or 0 for none: packed, scale, error, norm.
 Quantized quantized_at(const std::array<std::uintptr_t, 4>& a) {
     return {at<std::uint8_t>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
+}
+
+// weight, weight_stride, n, d, quantized, bias, x, x_stride, rows, threads: see EncoderInput.
+using Input = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, std::array<std::uintptr_t, 4>,
+                         std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, int>;
+
+// Calls f with an EncoderInput, whose quantised copy lives as long as the call.
+template <class F>
+auto with_input(const Input& input, F f) {
+    const auto& [weight, weight_stride, n, d, quantized, bias, x, x_stride, rows, threads] = input;
+    const Quantized given = quantized_at(quantized);
+    return f(EncoderInput{{at<const float>(weight), weight_stride, n, d},
+                          given.packed ? &given : nullptr,
+                          at<const float>(bias),
+                          at<const float>(x),
+                          x_stride,
+                          rows,
+                          threads});
 }
 
 // count, active, order, offsets, apart, screened: see Experts; a count of 0 for none.
@@ -166,18 +192,69 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "topk_encode",
-        [](std::uintptr_t weight, std::int64_t weight_stride, std::int64_t n, std::int64_t d, const Routed& routed,
-           const std::array<std::uintptr_t, 4>& quantized, std::uintptr_t bias, std::uintptr_t x, std::int64_t x_stride,
-           std::int64_t rows, std::int64_t k, std::uintptr_t values, std::uintptr_t index, std::uintptr_t certain,
-           int threads) {
-            const Quantized given = quantized_at(quantized);
+        [](const Input& input, const Routed& routed, std::int64_t k, bool absolute, std::uintptr_t values,
+           std::uintptr_t index, std::uintptr_t certain) {
             const auto [count, active, order, offsets, apart, screened] = routed;
             const Experts experts{count,  active, at<const std::int32_t>(order), at<const std::int32_t>(offsets),
                                   apart, screened};
-            return topk().encode({{at<const float>(weight), weight_stride, n, d}, count ? &experts : nullptr,
-                                  given.packed ? &given : nullptr,
-                                  at<const float>(bias), at<const float>(x), x_stride, rows, k, at<float>(values),
-                                  at<std::int32_t>(index), at<std::uint8_t>(certain), threads});
+            return with_input(input, [&, some = count != 0](const EncoderInput& given) {
+                return topk().encode({given, some ? &experts : nullptr, k, absolute, at<float>(values),
+                                      at<std::int32_t>(index), at<std::uint8_t>(certain)});
+            });
+        },
+        py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
+
+    py::class_<ThresholdEntries>(m, "ThresholdEntries", "Entries above a threshold, collected until all are known.")
+        .def(py::init<std::int64_t>())
+        .def("__len__", &ThresholdEntries::size)
+        .def(
+            "add_rows",
+            [](ThresholdEntries& found, std::uintptr_t rows, std::int64_t count, std::uintptr_t scores, std::int64_t n,
+               std::uintptr_t threshold, int threads) {
+                found.add_rows(at<const std::int64_t>(rows), count, at<const float>(scores), n,
+                               at<const float>(threshold), threads);
+            },
+            py::call_guard<py::gil_scoped_release>())
+        .def(
+            "copy",
+            [](const ThresholdEntries& found, std::uintptr_t crow, std::uintptr_t col, std::uintptr_t values,
+               int threads) {
+                found.copy(at<std::int64_t>(crow), at<std::int32_t>(col), at<float>(values), threads);
+            },
+            py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "threshold_encode",
+        [](const Input& input, std::uintptr_t threshold, ThresholdEntries& found, std::uintptr_t certain) {
+            return with_input(input, [&](const EncoderInput& given) {
+                return csr().threshold(given, at<const float>(threshold), found, at<std::uint8_t>(certain));
+            });
+        },
+        py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
+
+    py::class_<BatchLargest>(m, "BatchLargest", "The largest scores of a batch, collected until all are known.")
+        .def(py::init([](const Input& input, std::int64_t count) {
+            return with_input(input, [&](const EncoderInput& given) { return std::make_unique<BatchLargest>(given, count); });
+        }))
+        .def(
+            "add_rows",
+            [](BatchLargest& found, std::uintptr_t rows, std::int64_t count, std::uintptr_t scores) {
+                return found.add_rows(at<const std::int64_t>(rows), count, at<const float>(scores));
+            },
+            py::call_guard<py::gil_scoped_release>())
+        .def(
+            "copy",
+            [](BatchLargest& found, std::uintptr_t crow, std::uintptr_t col, std::uintptr_t values) {
+                found.copy(at<std::int64_t>(crow), at<std::int32_t>(col), at<float>(values));
+            },
+            py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "batch_topk_encode",
+        [](const Input& input, BatchLargest& found, std::uintptr_t certain) {
+            return with_input(input, [&](const EncoderInput& given) {
+                return csr().batch_topk(given, found, at<std::uint8_t>(certain));
+            });
         },
         py::call_guard<py::gil_scoped_release>(), "Returns the number of candidates rescored.");
 

@@ -29,6 +29,7 @@ from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
     ActivationStore,
+    JoinedStore,
     harvest,
     import_activations,
     load_model,
@@ -38,6 +39,7 @@ from sparsekern.data import (
 from sparsekern.data.models import check_context_length
 from sparsekern.files import write_json
 from sparsekern.hooks import named_module
+from sparsekern.modules.activations import ACTIVATIONS, Activation
 from sparsekern.options import Options, option
 from sparsekern.progress import Progress
 from sparsekern.training import TrainConfig, loss_recovered, versions
@@ -85,13 +87,25 @@ class TrainOptions(TrainConfig):
 
     expansion: int = option(64, "latents as a multiple of the width of the activations", at_least=1)
     latents: int | None = option(None, "latents; wins over the expansion", at_least=1)
-    k: int = option(32, "active latents a token", at_least=1)
+    activation: str = option("topk", "what keeps codes sparse", choices=tuple(ACTIVATIONS))
+    k: int = option(32, "active latents a token; for jumprelu the L0 that it is trained for", at_least=1)
+    multi_k: int | None = option(None, "topk: the Multi-TopK loss with so many latents, e.g. 4k", at_least=1)
+    l1_coefficient: float | None = option(None, "relu, gated: weight of the L1 penalty", at_least=0)
+    p: float | None = option(None, "relu: power of the penalty, below 1 for L_p", above=0, at_most=1)
+    l0_coefficient: float | None = option(None, "jumprelu: weight of the L0 penalty, instead of a target", at_least=0)
+    bandwidth: float | None = option(None, "jumprelu: of the straight-through estimators", above=0)
+    penalty_warmup: int = option(0, "relu, gated, jumprelu: the penalty rises over so many", unit="steps", at_least=0)
+    tied: bool = option(False, "one parameter for encoder and decoder")
+    matryoshka: bool = option(False, "prefixes of the latents must reconstruct too (MatryoshkaSAE)")
+    skip: bool = option(False, "with --target: an affine path around the latents")
     experts: int = option(
         1, "of a mixture; with more than 1 a router sends each token to some of them (SwitchSAE)", at_least=1
     )
     active_experts: int = option(1, "experts a token", at_least=1)
     balance: str = option("loss", "what keeps experts evenly loaded", choices=("loss", "bias", "none"))
-    aux_coefficient: float = option(1 / 32, "weight of the AuxK loss, 0 for none", at_least=0)
+    aux_coefficient: float | None = option(
+        None, "weight of the AuxK loss, 0 for none; by default 1/32, and 0 for relu, gated, jumprelu", at_least=0
+    )
     aux_k: int | None = option(None, "dead latents a token may use in AuxK; by default half the width", at_least=1)
     dead_after: int | None = option(
         None,
@@ -261,14 +275,56 @@ def train_command(
     options: TrainOptions,
     activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
     output: Annotated[Path, typer.Option(help="Folder of the run.")],
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another store of the same tokens, for a crosscoder; may be repeated.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="A store of the same tokens to be written, for a transcoder.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
-    """Train a TopK SAE on stored activations, or a mixture of expert SAEs, and report on it."""
+    """Train a sparse autoencoder of any kind on stored activations, and report on it.
+
+    One argument makes another architecture: --activation, --tied, --matryoshka, --experts; --also makes a crosscoder,
+    --target a transcoder.
+    """
     from sparsekern.analysis import runs
 
-    store = ActivationStore(activations)
-    shape = (store.d, options.latents or options.expansion * store.d, sk.TopK(options.k))
+    stores = [ActivationStore(path) for path in [activations, *(also or [])]]
+    targets = None if target is None else ActivationStore(target)
+    sae = build_sae(options, [store.d for store in stores], None if targets is None else targets.d)
+    store = stores[0] if len(stores) == 1 else JoinedStore(stores)
+    experts = f" in {options.experts} experts" if options.experts > 1 else ""
+    out.print(
+        f"{type(sae).__name__} of {sae.d_sae:,} latents{experts}, {sae.activation.name} "
+        f"({sae.activation.extra_repr()}), on {store.tokens:,} tokens of width {store.d} "
+        f"({store.source.get('model', 'imported')}, {store.source.get('hook', '–')})"
+    )
+    loop = {name: getattr(options, name) for name in TrainConfig.names()}
+    result = sk.train(sae, store, target=targets, output=output, resume=resume, overwrite=overwrite, **loop)
+    written = runs.write_report(output, store, progress=True) if options.report else []
+    _print_summary(result.summary, output, written)
+
+
+def build_sae(options: TrainOptions, widths: list[int], d_out: int | None) -> sk.SAE:
+    """The module that the options name, for sources of these widths and, for a transcoder, a target of that one."""
+    kinds = {
+        "matryoshka": options.matryoshka,
+        "experts": options.experts > 1,
+        "also": len(widths) > 1,
+        "target": d_out is not None,
+    }
+    asked = [name for name, wanted in kinds.items() if wanted]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} make different architectures: choose one")
+    if len(set(widths)) > 1:
+        raise ValueError(f"the stores of a crosscoder must have one width, got {widths}")
+    if options.skip and d_out is None:
+        raise ValueError("skip goes with a target")
+    d_in = widths[0]
+    d_sae = options.latents or options.expansion * d_in
+    activation = _activation(options)
     common: dict[str, Any] = {
         "aux_coefficient": options.aux_coefficient,
         "aux_k": options.aux_k,
@@ -276,20 +332,42 @@ def train_command(
         "generator": torch.Generator().manual_seed(options.seed),
         "device": _device(options.device),
     }
+    if d_out is not None:
+        if options.tied:
+            raise ValueError("tied does not go with a target: encoder and decoder live in two spaces")
+        return sk.Transcoder(d_in, d_sae, activation, d_out=d_out, skip=options.skip, **common)
+    common["tied"] = options.tied
     if options.experts > 1:
+        if not isinstance(activation, sk.TopK):
+            raise ValueError("experts go with activation topk")
         common |= {"n_experts": options.experts, "n_active": options.active_experts, "balance": options.balance}
-        sae: sk.SAE = sk.SwitchSAE(*shape, **common)
-    else:
-        sae = sk.SAE(*shape, **common)
-    experts = f" in {options.experts} experts" if options.experts > 1 else ""
-    out.print(
-        f"{sae.d_sae:,} latents{experts}, k={options.k}, on {store.tokens:,} tokens of width {store.d} "
-        f"({store.source.get('model', 'imported')}, {store.source.get('hook', '–')})"
-    )
-    loop = {name: getattr(options, name) for name in TrainConfig.names()}
-    result = sk.train(sae, store, output=output, resume=resume, overwrite=overwrite, **loop)
-    written = runs.write_report(output, store, progress=True) if options.report else []
-    _print_summary(result.summary, output, written)
+        return sk.SwitchSAE(d_in, d_sae, activation, **common)
+    if len(widths) > 1:
+        return sk.Crosscoder(len(widths), d_in, d_sae, activation, **common)
+    if options.matryoshka:
+        return sk.MatryoshkaSAE(d_in, d_sae, activation, **common)
+    return sk.SAE(d_in, d_sae, activation, **common)
+
+
+def _activation(options: TrainOptions) -> Activation:
+    kind = ACTIVATIONS[options.activation]
+    takes = inspect.signature(kind).parameters
+    given: dict[str, Any] = {}
+    for name in ("multi_k", "l1_coefficient", "p", "l0_coefficient", "bandwidth"):
+        value = getattr(options, name)
+        if value is not None and name not in takes:
+            raise ValueError(f"{name} is no option of activation {options.activation}")
+        if value is not None:
+            given[name] = value
+    if "k" in takes:
+        given["k"] = options.k
+    if "target_l0" in takes and options.l0_coefficient is None:
+        given["target_l0"] = options.k
+    if options.penalty_warmup:
+        if "warmup_tokens" not in takes:
+            raise ValueError(f"penalty_warmup is no option of activation {options.activation}")
+        given["warmup_tokens"] = options.penalty_warmup * options.batch_size
+    return kind(**given)
 
 
 @command(EvalOptions)
@@ -471,10 +549,12 @@ def _device(name: str | None) -> str:
 
 def _print_summary(summary: dict[str, Any], output: Path, written: list[Path]) -> None:
     """What the run learned, and where to look."""
-    fvu, pca = summary["heldout_fvu"], summary["pca_fvu"]
+    fvu = summary["heldout_fvu"]
     table = Table("held out", "", title=f"What {output} learned", title_justify="left")
     table.add_row("variance explained", f"{1 - fvu:.1%}  (FVU {fvu:.4f})")
-    table.add_row(f"PCA with {summary['pca_components']} components", f"{1 - pca:.1%}  (FVU {pca:.4f})")
+    if summary["pca_fvu"] is not None:
+        components, pca = summary["pca_components"], summary["pca_fvu"]
+        table.add_row(f"PCA with {components} components", f"{1 - pca:.1%}  (FVU {pca:.4f})")
     table.add_row("active latents a token", f"{summary['heldout_l0']:.1f} of {summary['sae']['d_sae']:,}")
     dead_after = f"{summary['sae']['dead_after']:,}"
     table.add_row("dead latents", f"{summary['dead_fraction']:.1%}  (silent for {dead_after} tokens of training)")

@@ -374,3 +374,42 @@ def test_options_are_coerced_and_checked_in_one_place():
     with pytest.raises(ValueError, match="held_out must be below 1"):
         parse(TrainOptions, {"held_out": 1.0})
     assert set(TrainConfig.names()) <= set(TrainOptions.names())
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "activation"),
+    [
+        (["--activation", "batchtopk"], sk.SAE, sk.BatchTopK),
+        (["--activation", "jumprelu", "--penalty-warmup", "5"], sk.SAE, sk.JumpReLU),
+        (["--activation", "relu", "--p", "0.5", "--l1-coefficient", "0.1", "--tied"], sk.SAE, sk.ReLU),
+        (["--matryoshka", "--activation", "gated"], sk.MatryoshkaSAE, sk.Gated),
+        (["--multi-k", "16"], sk.SAE, sk.TopK),
+        (["--target", "acts", "--skip"], sk.Transcoder, sk.TopK),
+        (["--also", "acts", "--also", "acts"], sk.Crosscoder, sk.TopK),
+    ],
+)
+def test_one_argument_makes_another_architecture(cli, store, tmp_path, flags, kind, activation):
+    result = cli("train", store, "--output", "run", *TRAIN, "--no-report", *flags)
+    assert result.exit_code == 0, plain(result)
+    sae = sk.SAE.from_pretrained(tmp_path / "run" / "sae")
+    assert (type(sae), type(sae.activation)) == (kind, activation)
+    assert kind.__name__ in plain(result)
+    if activation is sk.JumpReLU:
+        assert (sae.activation.target_l0, sae.activation.warmup_tokens) == (4, 5 * 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--matryoshka", "--experts", "2"], "matryoshka and experts make different architectures"),
+        (["--experts", "2", "--activation", "relu"], "experts go with activation topk"),
+        (["--p", "0.5"], "p is no option of activation topk"),
+        (["--penalty-warmup", "5"], "penalty_warmup is no option of activation topk"),
+        (["--skip"], "skip goes with a target"),
+        (["--target", "acts", "--tied"], "tied does not go with a target"),
+    ],
+)
+def test_architectures_that_do_not_go_together_are_refused(cli, store, flags, message):
+    result = cli("train", store, "--output", "run", *TRAIN, *flags)
+    assert result.exit_code == 2
+    assert message in plain(result)

@@ -10,8 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "csr_encode.h"
 #include "parallel.h"
 #include "row_adam.h"
+#include "screening.h"
 #include "sparse_products.h"
 #include "topk_encode.h"
 #include "workspace.h"
@@ -29,7 +31,9 @@
 #define SPARSEKERN_ISA avx2
 #define SPARSEKERN_LEVEL 1
 #include "sparse_products.inl"
+#include "screening.inl"
 #include "topk_encode.inl"
+#include "csr_encode.inl"
 #include "row_adam.inl"
 
 #if defined(__clang__)
@@ -45,6 +49,7 @@ template <class T> const SparseProducts<T>* sparse_products_avx2() { return null
 template const SparseProducts<float>* sparse_products_avx2<float>();
 template const SparseProducts<double>* sparse_products_avx2<double>();
 const TopkEncode* topk_encode_avx2() { return nullptr; }
+const CsrEncode* csr_encode_avx2() { return nullptr; }
 const RowUpdates* row_updates_avx2() { return nullptr; }
 }  // namespace sparsekern
 

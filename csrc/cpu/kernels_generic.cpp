@@ -9,8 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "csr_encode.h"
 #include "parallel.h"
 #include "row_adam.h"
+#include "screening.h"
 #include "sparse_products.h"
 #include "topk_encode.h"
 #include "workspace.h"
@@ -18,5 +20,7 @@
 #define SPARSEKERN_ISA generic
 #define SPARSEKERN_LEVEL 0
 #include "sparse_products.inl"
+#include "screening.inl"
 #include "topk_encode.inl"
+#include "csr_encode.inl"
 #include "row_adam.inl"

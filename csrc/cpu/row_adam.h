@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "topk_encode.h"
+#include "screening.h"
 
 namespace sparsekern {
 

@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         return f"has no {op} kernel"
     if _native is None:
         return _not_built
-    if op in ("topk_encode", "routed_topk_encode"):
+    if op in ("topk_encode", "routed_topk_encode", "batch_topk_encode", "threshold_encode"):
         if screen not in ("auto", "none", "int8"):
             return f"has no {screen} screening; use screen='auto', 'int8' or 'none'"
         if dtype != torch.float32:
@@ -160,18 +160,22 @@ def topk_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`."""
-    if absolute:
-        return reference.topk_encode(x, weight, bias, k, "none", absolute)
-    rows, (n, d) = x.shape[0], weight.shape
     copy = _current_copy(weight)
-    # A few rows are not worth a pass that quantises all weights, nor is a k that makes most latents candidates.
-    worth = screens(n, d) and k <= n // 16 and (rows >= 8 or copy is not None)
-    if screen == "none" or d > _WIDEST or (screen == "auto" and not worth):
-        return reference.topk_encode(x, weight, bias, k, "none")
-    values, indices, repair = _encode(x, weight, bias, k, copy, rows, (0, 1, 0, 0, False, True))
+    # A k that makes most latents candidates is not worth it.
+    if not _screened(x, weight, copy, screen, k <= weight.shape[0] // 16):
+        return reference.topk_encode(x, weight, bias, k, "none", absolute)
+    values, indices, repair = _encode(x, weight, bias, k, copy, x.shape[0], (0, 1, 0, 0, False, True), absolute)
     if repair.numel():
-        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none")
+        values[repair], indices[repair] = reference.topk_encode(x[repair], weight, bias, k, "none", absolute)
     return values, indices
+
+
+def _screened(x: Tensor, weight: Tensor, copy: Quantized | None, screen: str, worth: bool = True) -> bool:
+    """Whether an encoder is to screen, which its arguments may make `worth` it or not."""
+    n, d = weight.shape
+    # A few rows are not worth a pass that quantises all weights.
+    worth = worth and screens(n, d) and (x.shape[0] >= 8 or copy is not None)
+    return d <= _WIDEST and (screen == "int8" or (screen == "auto" and worth))
 
 
 def _current_copy(weight: Tensor) -> Quantized | None:
@@ -187,33 +191,97 @@ def _encode(
     copy: Quantized | None,
     out_rows: int,
     routed: tuple[int, int, int, int, bool, bool],
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values and indices ``[out_rows, k]``, and which of these rows have to be computed otherwise."""
     global last_encode
-    x, weight = _rows(x), _rows(weight)
-    bias = None if bias is None else bias.contiguous()
     values = x.new_empty(out_rows, k)
     indices = torch.empty(out_rows, k, dtype=torch.int32)
     certain = torch.empty(out_rows, dtype=torch.bool)
+    inputs, _alive = _encoder_input(x, weight, bias, copy)
     rescored = _native.topk_encode(
+        inputs, routed, k, absolute, values.data_ptr(), indices.data_ptr(), certain.data_ptr()
+    )
+    repair = (~certain).nonzero().squeeze(1)
+    last_encode = EncodeStats(out_rows, rescored, repair.numel())
+    return values, indices, repair
+
+
+def _encoder_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, copy: Quantized | None
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """What every encoder kernel takes, and the tensors that must live as long."""
+    x, weight, bias = _rows(x), _rows(weight), None if bias is None else bias.contiguous()
+    inputs = (
         weight.data_ptr(),
         weight.stride(0),
         *weight.shape,
-        routed,
         [0, 0, 0, 0] if copy is None else copy.addresses(),
         0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
-        k,
-        values.data_ptr(),
-        indices.data_ptr(),
-        certain.data_ptr(),
         torch.get_num_threads(),
     )
+    return inputs, [x, weight, bias]
+
+
+# Codes of any number of latents a token. Rows that screening cannot answer for are added in full, a block at a time.
+
+
+def threshold_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, screen: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.threshold_encode`."""
+    global last_encode
+    copy = _current_copy(weight)
+    if not _screened(x, weight, copy, screen):
+        return reference.threshold_encode(x, weight, bias, threshold, "none")
+    (rows, n), threads = (x.shape[0], weight.shape[0]), torch.get_num_threads()
+    threshold = threshold.expand(n).contiguous()
+    certain = torch.empty(rows, dtype=torch.bool)
+    found = _native.ThresholdEntries(rows)
+    inputs, _alive = _encoder_input(x, weight, bias, copy)
+    rescored = _native.threshold_encode(inputs, threshold.data_ptr(), found, certain.data_ptr())
     repair = (~certain).nonzero().squeeze(1)
-    last_encode = EncodeStats(out_rows, rescored, repair.numel())
-    return values, indices, repair
+    for some, scores in _scores(x, weight, bias, repair):
+        found.add_rows(some.data_ptr(), some.numel(), scores.data_ptr(), n, threshold.data_ptr(), threads)
+    last_encode = EncodeStats(rows, rescored, repair.numel())
+    nnz = len(found)
+    crow, col, values = torch.empty(rows + 1, dtype=torch.int64), torch.empty(nnz, dtype=torch.int32), x.new_empty(nnz)
+    found.copy(crow.data_ptr(), col.data_ptr(), values.data_ptr(), threads)
+    return crow, col, values
+
+
+def batch_topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, count: int, screen: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.batch_topk_encode`."""
+    global last_encode
+    copy = _current_copy(weight)
+    rows = x.shape[0]
+    if not _screened(x, weight, copy, screen, count <= rows * (weight.shape[0] // 16)):
+        return reference.batch_topk_encode(x, weight, bias, count, "none")
+    certain = torch.empty(rows, dtype=torch.bool)
+    inputs, _alive = _encoder_input(x, weight, bias, copy)
+    found = _native.BatchLargest(inputs, count)
+    rescored = _native.batch_topk_encode(inputs, found, certain.data_ptr())
+    repair = (~certain).nonzero().squeeze(1)
+    last_encode = EncodeStats(rows, rescored, repair.numel())
+    for some, scores in _scores(x, weight, bias, repair):
+        if not found.add_rows(some.data_ptr(), some.numel(), scores.data_ptr()):  # there is no order among them
+            return reference.batch_topk_encode(x, weight, bias, count, "none")
+    crow, col = torch.empty(rows + 1, dtype=torch.int64), torch.empty(count, dtype=torch.int32)
+    values = x.new_empty(count)
+    found.copy(crow.data_ptr(), col.data_ptr(), values.data_ptr())
+    return crow, col, values
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """These rows, some at a time, with all of their scores: as many as the reference makes at one time."""
+    for some in rows.split(max(1, reference.WORKSPACE_BYTES // (4 * weight.shape[0]))):
+        scores = x[some] @ weight.T
+        yield some, scores if bias is None else scores.add_(bias)
 
 
 # Routing

@@ -5,6 +5,7 @@ The data goes one way: :func:`read_texts` or :func:`stdlib_docstrings` → :func
 """
 
 from sparsekern.data.harvest import harvest, import_activations
+from sparsekern.data.joined import JoinedStore
 from sparsekern.data.loader import ActivationLoader
 from sparsekern.data.models import EMBEDDED_MODEL, load_model, token_batches
 from sparsekern.data.store import ActivationStore, ActivationView, StoreError, StoreWriter
@@ -16,6 +17,7 @@ __all__ = [
     "ActivationLoader",
     "ActivationStore",
     "ActivationView",
+    "JoinedStore",
     "StoreError",
     "StoreWriter",
     "harvest",

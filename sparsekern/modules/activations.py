@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsekern.codes import CSRCodes, SparseCodes
 from sparsekern.ops import batch_topk_encode, routed_topk_encode, sparse_decode, threshold_encode, topk_encode
 from sparsekern.ops._checks import SCREENS
+from sparsekern.ops._snapshot import snapshot
 from sparsekern.ops._sparse_decode import _gather_dot
 from sparsekern.routing import Routing
 
@@ -53,6 +54,9 @@ class Activation(nn.Module):
     exact: ClassVar[tuple[str, ...]] = ()
     screen: str
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def bind_(self, d_sae: int) -> None:
         """Make what has an entry a latent; ValueError where this activation cannot serve `d_sae` of them."""
 
@@ -81,8 +85,9 @@ class Activation(nn.Module):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def extra_repr(self) -> str:
-        """Arguments, for printing."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        """Arguments that are not the defaults, for printing."""
+        defaults = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={v!r}" for name, v in self.config().items() if v != defaults[name].default)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves to a device or casts, all but what is `exact`."""
@@ -92,6 +97,8 @@ class Activation(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype != old.dtype:
                 tensor.data = old.to(tensor.device)
+                if tensor.grad is not None:
+                    tensor.grad.data = tensor.grad.to(old.dtype)
         return self
 
 
@@ -265,7 +272,7 @@ class BatchTopK(Activation):
     threshold: Tensor
     batches_seen: Tensor
 
-    def __init__(self, k: float, screen: str = "auto", threshold_rate: float = 0.01) -> None:
+    def __init__(self, k: float, screen: str = "auto", threshold_rate: float = 0.1) -> None:
         super().__init__()
         if not isinstance(k, int | float) or not k > 0:
             raise ValueError(f"k must be a number above 0, got {k!r}")
@@ -290,6 +297,13 @@ class BatchTopK(Activation):
             return batch_topk_encode(x, W_enc, b_enc, self.k, self.screen, center), None
         return threshold_encode(x, W_enc, b_enc, self.threshold, self.screen, center), None
 
+    def train(self, mode: bool = True) -> BatchTopK:
+        """Into training mode, or out of it: then it looks whether there is a threshold, and waits for the device."""
+        if not mode:
+            self._has_threshold = bool(self.batches_seen > 0)
+        super().train(mode)
+        return self
+
     def count_(self, codes: Codes, finite: Tensor) -> None:
         """Move the threshold."""
         least = torch.where(codes.values > 0, codes.values, torch.inf).min().double()
@@ -297,11 +311,10 @@ class BatchTopK(Activation):
         rate = torch.where(self.batches_seen == 0, 1.0, self.threshold_rate)
         self.threshold += torch.where(counts, rate * (least - self.threshold), 0)
         self.batches_seen += counts
-        self._has_threshold = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_threshold = bool(state_dict.get(f"{prefix}batches_seen", 0))
+        self._has_threshold = bool(self.batches_seen > 0)
 
     def rescale_(self, factor: Tensor) -> None:
         """Scales the threshold."""
@@ -317,13 +330,14 @@ class Penalized(Activation):
     def __init__(self, warmup_tokens: int, start_l0: int, screen: str) -> None:
         super().__init__()
         check_k_and_screen(start_l0, screen, "start_l0")
-        check_coefficients(warmup_tokens=warmup_tokens)
+        if not isinstance(warmup_tokens, int) or warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens must be a whole number of at least 0, got {warmup_tokens!r}")
         self.warmup_tokens, self.start_l0, self.screen = warmup_tokens, start_l0, screen
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
     def warmth(self) -> Tensor | float:
         """What share of the penalty is due."""
-        return (self.tokens_seen / self.warmup_tokens).clamp(max=1) if self.warmup_tokens else 1.0
+        return (snapshot(self.tokens_seen) / self.warmup_tokens).clamp(max=1) if self.warmup_tokens else 1.0
 
     def count_(self, codes: Codes, finite: Tensor) -> None:
         """Count the tokens."""
@@ -411,7 +425,8 @@ class JumpReLU(Penalized):
 
     The threshold θ is trained through straight-through estimators: with ``K = 1[|pre − θ| < bandwidth / 2]``,
     ``dz/dθ = −(θ / bandwidth) K`` and ``dL0/dθ = −K / bandwidth``. The part ``sparsity`` of the loss is
-    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``.
+    ``l0_coefficient · mean L0``, or with a target ``l0_coefficient · (mean L0 / target_l0 − 1)²``, with the mean over
+    the batch: one token may have more latents than another at no price.
 
     Parameters
     ----------
@@ -441,8 +456,9 @@ class JumpReLU(Penalized):
     References
     ----------
     Rajamanoharan et al., *Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders* (arXiv
-    2407.14435), sections 3 and 4; Gemma Scope 2 (2025) for the target; Conerly et al., *Dictionary learning
-    optimization techniques* (Anthropic, January 2025), for the pre-activation loss.
+    2407.14435), sections 3 and 4; the ``JumpReluTrainer`` of dictionary_learning for the target (that of Gemma Scope 2
+    is for every token); Conerly et al., *Dictionary learning optimization techniques* (Anthropic, January 2025), for
+    the pre-activation loss.
     """
 
     name = "jumprelu"
@@ -453,7 +469,7 @@ class JumpReLU(Penalized):
         self,
         l0_coefficient: float | None = None,
         target_l0: float | None = None,
-        bandwidth: float = 0.05,
+        bandwidth: float = 0.02,
         pre_act_coefficient: float = 0.0,
         warmup_tokens: int = 0,
         start_l0: int | None = None,
@@ -523,7 +539,8 @@ class JumpReLU(Penalized):
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
         """Put all thresholds where `start_l0` latents a token pass."""
-        self.length.copy_(batch.length)
+        if batch.length > 0:
+            self.length.copy_(batch.length)
         cut = self.start_cut(sae, batch.x)
         if cut > 0:
             self.log_threshold.fill_(cut.log())
@@ -592,7 +609,8 @@ class Gated(Penalized):
         }
 
     def fit_start_(self, sae: SAE, batch: Batch) -> None:
-        """Lower the gates' biases."""
+        """Lower the gates' biases; magnitudes are what they gate before that."""
+        self.b_mag.copy_(sae.b_enc)
         sae.b_enc.sub_(self.start_cut(sae, batch.x))
 
     def rescale_(self, factor: Tensor) -> None:
@@ -623,7 +641,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(pre: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
-        return (pre > threshold).to(pre.dtype)
+        return (pre > threshold).to(torch.promote_types(pre.dtype, threshold.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -650,10 +668,10 @@ def check_screen(screen: str) -> None:
 
 
 def check_coefficients(**numbers: float) -> None:
-    """None is negative."""
+    """None is negative, infinite or NaN."""
     for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must not be negative and must be finite, got {number}")
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

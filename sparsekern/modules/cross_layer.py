@@ -11,6 +11,7 @@ from sparsekern.codes import CSRCodes, SparseCodes, entry_rows
 from sparsekern.modules.activations import Activation, Codes, Gated, TopK
 from sparsekern.modules.crosscoder import Crosscoder
 from sparsekern.modules.dead import DeadBound
+from sparsekern.modules.last_batch import LastBatch
 from sparsekern.modules.sae import Batch, check_counts
 from sparsekern.modules.transcoder import Transcoder
 
@@ -79,7 +80,7 @@ class CrossLayerTranscoder(Crosscoder):
         self.activation.screen = activation.screen
         since = torch.zeros(self.d_sae, dtype=torch.int64, device=layers[0].device)
         self.register_buffer("tokens_since_fired", since)
-        self._dead_bound = DeadBound()
+        self._dead_bound, self._last_batch = DeadBound(), LastBatch()
 
     def _parts(self) -> list[Transcoder]:
         return list(self.layers)  # type: ignore[arg-type]

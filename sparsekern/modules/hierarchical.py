@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsekern.codes import SparseCodes
 from sparsekern.modules.activations import Activation, Codes
 from sparsekern.modules.initialization import unit_rows
+from sparsekern.modules.last_batch import LastBatch
 from sparsekern.modules.sae import SAE, Batch, check_counts
 from sparsekern.ops import routed_topk_encode, sparse_decode, topk_encode
 from sparsekern.ops._checks import SCREENS
@@ -150,6 +151,7 @@ class HierarchicalSAE(SAE):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.to(device=device, dtype=dtype)
         self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64, device=self.device))
+        self._last_batch = LastBatch()
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparsekern.codes import CSRCodes
 from sparsekern.modules.activations import Activation, Codes
 from sparsekern.modules.sae import SAE, Batch, check_counts
 from sparsekern.ops import sparse_decode
+from sparsekern.ops._snapshot import snapshot
 
 _FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 _GOLDEN = 0.6180339887498949
@@ -72,19 +74,31 @@ class MatryoshkaSAE(SAE):
             prefixes = [d_sae] * (n_random + 1)
         elif prefixes is None:
             prefixes = sorted({max(1, round(fraction * d_sae)) for fraction in _FRACTIONS})
-        elif list(prefixes) != sorted({*prefixes, d_sae}) or prefixes[0] < 1:
-            raise ValueError(f"prefixes must rise from at least 1 to d_sae={d_sae}, got {list(prefixes)}")
+        elif (
+            not all(isinstance(size, int) for size in prefixes)
+            or list(prefixes) != sorted({*prefixes, d_sae})
+            or prefixes[0] < 1
+        ):
+            raise ValueError(
+                f"prefixes must be whole numbers that rise from at least 1 to d_sae={d_sae}, got {list(prefixes)}"
+            )
         self.prefixes, self.n_random = tuple(prefixes), n_random
         self.weights = (1.0,) * len(self.prefixes) if weights is None else tuple(weights)
-        if len(self.weights) != len(self.prefixes) or min(self.weights) < 0 or self.weights[-1] == 0:
+        fitting = len(self.weights) == len(self.prefixes) and all(0 <= weight < math.inf for weight in self.weights)
+        if not fitting or self.weights[-1] == 0:
             raise ValueError(
                 f"weights must be {len(self.prefixes)} numbers, one a prefix, none negative and the last above 0, "
                 f"got {list(self.weights)}"
             )
-        self.register_buffer(
-            "boundaries", torch.tensor(self.prefixes, dtype=torch.int32, device=self.device), persistent=False
-        )
+        self.register_buffer("boundaries", self._boundaries(), persistent=False)
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=self.device))
+
+    def _boundaries(self) -> Tensor:
+        return torch.tensor(self.prefixes, dtype=torch.int32, device=self.device)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.boundaries = self._boundaries()  # no part of the state, and empty in a module that comes from meta
 
     def _reconstruction(self, codes: Codes, batch: Batch, trace: Any) -> tuple[Tensor, Tensor]:
         csr = codes if isinstance(codes, CSRCodes) else codes.to_csr()
@@ -103,7 +117,7 @@ class MatryoshkaSAE(SAE):
     def _drawn(self) -> Tensor:
         """Random prefixes for the next batch, rising, and the whole."""
         assert self.n_random is not None
-        numbers = torch.arange(1, self.n_random + 1, device=self.device) + self.n_random * self.batches_seen
+        numbers = torch.arange(1, self.n_random + 1, device=self.device) + self.n_random * snapshot(self.batches_seen)
         uniform = (numbers.double() * _GOLDEN).frac()
         sizes = (1 - uniform * (1 - self.d_sae**-0.5)) ** -2
         return torch.cat([sizes.floor().int().sort().values, self.boundaries[-1:]])

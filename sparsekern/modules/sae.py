@@ -9,14 +9,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes
-from sparsekern.modules.dead import DeadBound, DeadRows, dead_rows
+from sparsekern.modules.activations import ACTIVATIONS, Activation, Codes, check_coefficients
+from sparsekern.modules.dead import DeadBound, dead_rows
 from sparsekern.modules.initialization import geometric_median, unit_rows
+from sparsekern.modules.last_batch import LastBatch
 from sparsekern.modules.pretrained import load_pretrained, save_pretrained
 from sparsekern.ops import sparse_decode, topk_encode
 from sparsekern.ops._checks import check_finite
 from sparsekern.ops._gather_rows import gather_rows
 from sparsekern.ops._row_norms import row_norms
+from sparsekern.ops._snapshot import snapshot
+from sparsekern.ops._topk_among import topk_among
 
 
 class Batch(NamedTuple):
@@ -144,15 +147,15 @@ class SAE(nn.Module):
         check_counts(d_in=d_in, d_sae=d_sae, dead_after=dead_after)
         if not isinstance(activation, Activation):
             raise ValueError(f"activation must be an Activation such as sparsekern.TopK(32), got {activation!r}")
-        if aux_coefficient is not None and aux_coefficient < 0:
-            raise ValueError(f"aux_coefficient must not be negative, got {aux_coefficient}")
-        if aux_k is not None and aux_k < 1:
-            raise ValueError(f"aux_k must be at least 1, got {aux_k}")
+        if aux_coefficient is not None:
+            check_coefficients(aux_coefficient=aux_coefficient)
+        if aux_k is not None:
+            check_counts(aux_k=aux_k)
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in
         self.tied, self.pre_bias = tied, pre_bias
         self.activation = copy.deepcopy(activation).train()
         self.activation.bind_(d_sae)
-        self.activation.to(device=device)
+        self.activation.to(device=device, dtype=dtype)
         self.unit_decoder = (activation.unit_decoder and not tied) if unit_decoder is None else unit_decoder
         self.aux_coefficient = activation.aux_coefficient if aux_coefficient is None else aux_coefficient
         self.aux_k = aux_k or max(1, d_in // 2)
@@ -163,7 +166,7 @@ class SAE(nn.Module):
         self.W_dec = self.W_enc if tied else nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(rows.new_zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=rows.device))
-        self._dead_bound = DeadBound()
+        self._dead_bound, self._last_batch = DeadBound(), LastBatch()
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -219,8 +222,14 @@ class SAE(nn.Module):
         rows as well as their decoder rows. In training mode this call also advances `tokens_since_fired`.
 
         To accumulate gradients over equal parts of a batch, give each the whole batch's `variance` and divide their
-        losses by their number: this adds up to the loss of the whole batch, but for AuxK, and for a BatchTopK, which
-        selects in each part.
+        losses by their number: this adds up to the loss of the whole batch, but for what a part decides by itself:
+        AuxK, what a BatchTopK selects, how far a JumpReLU is from its target, the balance of experts, random prefixes,
+        and the length that a hierarchy's L1 is measured in. A penalty that warms up is warmer in a later part.
+
+        Compiled by ``torch.compile`` it is one graph. There AuxK is always a part, 0 where no latent is dead, and has
+        `aux_k` slots a token whatever their number; their rows are still all that is encoded for it. On a GPU it waits
+        for the device. Gradient checkpointing would count a batch twice, so in training mode it is refused; that of
+        :meth:`forward`, :meth:`encode` and :meth:`decode` is not.
 
         Parameters
         ----------
@@ -233,6 +242,10 @@ class SAE(nn.Module):
             one.
         """
         self.check_batch(x, target)
+        if torch.compiler.is_compiling():
+            return self.loss_with_room(x, target, None, variance)
+        if self.training:
+            self._last_batch.next(x)
         out = self.loss_with_room(x, target, self.dead_room(), variance)
         self.ask_for_dead(x.numel() // self.d_in)
         return out
@@ -250,10 +263,9 @@ class SAE(nn.Module):
         parts = {"reconstruction": fvu if reconstruction is None else reconstruction}
         parts |= self._penalties(batch, codes, trace)
         if self.training and self.aux_coefficient > 0 and room != 0:
-            # The rows are gathered first: what follows costs in proportion to the dead latents only.
-            dead = dead_rows(self.dead_mask(), room)
-            if dead.rows.numel():
-                parts["auxk"] = self.aux_coefficient * self._auxk(x, -error.detach(), dead)
+            auxk = self._auxk(x, -error.detach(), room)
+            if auxk is not None:
+                parts["auxk"] = self.aux_coefficient * auxk
         total = torch.stack(list(parts.values())).sum()
         if self.training:
             with torch.no_grad():  # a batch that is not finite changes nothing, as in the optimizer
@@ -311,7 +323,7 @@ class SAE(nn.Module):
 
     def dead_mask(self) -> Tensor:
         """Latents that have not fired for `dead_after` tokens of training: ``[d_sae]`` bool."""
-        return self.tokens_since_fired >= self.dead_after
+        return snapshot(self.tokens_since_fired) >= self.dead_after
 
     def check_batch(self, x: Tensor, target: Tensor | None = None) -> None:
         """Raise ValueError where :meth:`loss` cannot take this batch; values are looked at later, by the op."""
@@ -337,19 +349,32 @@ class SAE(nn.Module):
     def latent_norms(self) -> Tensor:
         """Norms of the decoder's rows, ``[d_sae]``; differentiable where they are free."""
         if self.unit_decoder:
-            return self.b_enc.new_ones(self.d_sae)
+            return self.b_enc.new_ones(self.d_sae, dtype=torch.promote_types(self.b_enc.dtype, torch.float32))
         return row_norms(self.W_dec).squeeze(1)
 
-    def _auxk(self, x: Tensor, residual: Tensor, dead: DeadRows) -> Tensor:
-        """FVU of the residual under its reconstruction from the dead rows; 0 where none is used."""
+    def _auxk(self, x: Tensor, residual: Tensor, room: int | None) -> Tensor | None:
+        """FVU of the residual under its reconstruction from the dead rows; None, or 0, where there are none."""
+        center, absolute = self.center(), self.activation.absolute
+        if torch.compiler.is_compiling():  # into which sizes that depend on the data do not go
+            mask = self.dead_mask()
+            k = min(self.aux_k, self.d_sae)
+            codes = topk_among(x, self._encoder(), self.b_enc, mask, k, center=center, absolute=absolute)
+            return self._fvu_of_rest(sparse_decode(codes, self.W_dec), x, residual) * mask.any()
+        dead = dead_rows(self.dead_mask(), room)
+        if not dead.rows.numel():
+            return None
+        # The rows are gathered first: what follows costs in proportion to the dead latents only.
         k = min(self.aux_k, dead.rows.numel())
-        bias = self.b_enc[dead.rows]
-        if dead.used is not None:
-            bias = torch.where(dead.used, bias, -torch.inf)  # so that the places beyond the dead ones never fire
-        rows = gather_rows(self._encoder(), dead.rows)
-        codes = topk_encode(x, rows, bias, k, center=self.center(), absolute=self.activation.absolute)
-        fvu = fvu_of(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)) - residual, residual)
+        bias, rows = self.b_enc[dead.rows], gather_rows(self._encoder(), dead.rows)
+        if dead.used is not None:  # the places beyond the dead ones never fire: the least there is, or of no size
+            bias = torch.where(dead.used, bias, 0.0 if absolute else -torch.inf)
+            rows = torch.where(dead.used.unsqueeze(1), rows, 0) if absolute else rows
+        codes = topk_encode(x, rows, bias, k, center=center, absolute=absolute)
+        fvu = self._fvu_of_rest(sparse_decode(codes, gather_rows(self.W_dec, dead.rows)), x, residual)
         return fvu if dead.used is None else fvu * dead.used.any()
+
+    def _fvu_of_rest(self, recon: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fvu(recon - residual, Batch(x, residual, self.variance_of(residual)))
 
     # The weights with a row a latent, the constraint on the decoder, and the start
 
@@ -414,8 +439,11 @@ class SAE(nn.Module):
         self.b_dec[:] = centers[center](target)
 
     def _fit_scale_(self, batch: Batch) -> None:
-        recon = self(batch.x) - self.b_dec
-        scale = (recon * (batch.target - self.b_dec)).sum() / recon.square().sum()
+        if self.tied and self.unit_decoder:
+            return  # the rows have their length
+        offset = self.offset(batch.x)
+        decoded = self(batch.x) - offset
+        scale = (decoded * (batch.target - offset)).sum() / decoded.square().sum()
         if scale > 0:  # not on constant rows, which have nothing to fit
             self._rescale_encoder_(scale.sqrt() if self.tied else scale)
 
@@ -464,9 +492,9 @@ class SAE(nn.Module):
         kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
         if name not in kinds:
             raise ValueError(f"the configuration is of class {name!r}, not {' or '.join(kinds)}")
-        if "activation" in options:
-            options["activation"] = _activation(dict(options["activation"]))
         try:
+            if "activation" in options:
+                options["activation"] = _activation(dict(options["activation"]))
             return kinds[name](dtype=dtype, **options)
         except TypeError as error:
             raise ValueError(f"the configuration does not fit {name}: {error}") from error
@@ -515,8 +543,3 @@ def mean_square(rows: Tensor) -> Tensor:
 def at_least_tiny(number: Tensor) -> Tensor:
     """To divide by."""
     return number.clamp_min(torch.finfo(number.dtype).tiny)
-
-
-def fvu_of(error: Tensor, target: Tensor) -> Tensor:
-    """Share of the variance of `target` ``[B, d]`` that is `error`, in float32 at least."""
-    return mean_square(error) / at_least_tiny(mean_square(centred_rows(target)))

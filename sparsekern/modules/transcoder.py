@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.codes import CSRCodes
 from sparsekern.modules.activations import Activation, Codes
 from sparsekern.modules.initialization import unit_rows
-from sparsekern.modules.sae import SAE, check_counts
+from sparsekern.modules.sae import SAE, at_least_tiny, check_counts
+from sparsekern.ops._csr_products import csr_scatter_outer
 
 
 class Transcoder(SAE):
@@ -62,9 +64,10 @@ class Transcoder(SAE):
         for name in ("tied", "pre_bias"):
             if options.pop(name, False):
                 raise ValueError(f"{name} must be False: encoder and decoder of a transcoder live in two spaces")
+        d_out = d_in if d_out is None else d_out
+        check_counts(d_out=d_out)
         super().__init__(d_in, d_sae, activation, pre_bias=False, generator=generator, **options)
-        check_counts(d_out=d_out or d_in)
-        self.d_out, self.skip = d_out or d_in, skip
+        self.d_out, self.skip = d_out, skip
         rows = unit_rows(d_sae, self.d_out, generator).to(self.W_enc)
         self.W_dec, self.b_dec = nn.Parameter(rows), nn.Parameter(rows.new_zeros(self.d_out))
         if skip:
@@ -72,19 +75,25 @@ class Transcoder(SAE):
 
     def offset(self, x: Tensor) -> Tensor:
         """What is added to what the codes of `x` decode to."""
-        return nn.functional.linear(x, self.W_skip, self.b_dec) if self.skip else self.b_dec
+        return self.b_dec + self._around(x) if self.skip else self.b_dec
 
     def reconstruct(self, codes: Codes, x: Tensor) -> Tensor:
         """What the module makes of activations `x` ``[..., d_in]`` with these codes of theirs, changed or not."""
         decoded = super().reconstruct(codes, x)
-        return decoded + nn.functional.linear(x, self.W_skip) if self.skip else decoded
+        return decoded + self._around(x) if self.skip else decoded
+
+    def _around(self, x: Tensor) -> Tensor:
+        """What takes the affine path, in the promoted dtype, as ops have it."""
+        dtype = torch.promote_types(x.dtype, self.W_skip.dtype)
+        return nn.functional.linear(x.to(dtype), self.W_skip.to(dtype))
 
     @torch.no_grad()
     def fit_start_(self, x: Tensor, center: str = "geometric_median", target: Tensor | None = None) -> None:
         """As for :class:`SAE`, after a ridge regression of `target` on `x`.
 
-        With `skip` the regression is where ``W_skip`` starts. Without, decoder rows start at what it makes of their
-        encoder rows: a latent that sees a direction writes what comes of that direction.
+        Without `skip`, decoder rows start at what the regression makes of their encoder rows: a latent that sees a
+        direction writes what comes of that direction. With it, ``W_skip`` starts at the regression, and decoder rows at
+        what that leaves over where their latents fire. A row of which this tells nothing stays where it was.
         """
         batch = self._start_batch(x, target)
         middle = batch.x.mean(0)
@@ -92,12 +101,18 @@ class Transcoder(SAE):
         rest = batch.target
         if self.skip:
             self.W_skip.copy_(linear)
-            rest = batch.target - batch.x @ linear.T
-        else:
-            self.W_dec.copy_(nn.functional.normalize(self.W_enc @ linear.T, dim=1))
+            rest = rest - batch.x @ linear.T
         self._fit_center_(rest, center)
         self.b_enc.copy_(-(self.W_enc @ middle))
         self.activation.fit_start_(self, batch)
+        if self.skip:
+            codes = self._encode(batch.x)[0]
+            csr = codes if isinstance(codes, CSRCodes) else codes.to_csr()
+            rows = csr_scatter_outer(csr.values, csr.crow, csr.col, rest - self.b_dec, self.d_sae)
+        else:
+            rows = self.W_enc @ linear.T
+        norms = rows.norm(dim=1, keepdim=True)
+        self.W_dec.copy_(torch.where(norms > 0, rows / norms, self.W_dec))
         self._fit_scale_(batch)
 
     def config(self) -> dict[str, Any]:
@@ -114,6 +129,7 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
 
     The penalty is a hundredth of the mean variance of a dimension of `x`: a batch may have fewer rows than dimensions.
     """
-    square = x.T @ x
-    square.diagonal().add_(_RIDGE * square.diagonal().mean())
-    return torch.linalg.solve(square.double(), (x.T @ y).double()).T.to(x.dtype)
+    rows = x.double()
+    square = rows.T @ rows
+    square.diagonal().add_(at_least_tiny(_RIDGE * square.diagonal().mean()))  # of constant rows the map is 0
+    return torch.linalg.solve(square, rows.T @ y.double()).T.to(x.dtype)

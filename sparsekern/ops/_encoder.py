@@ -51,6 +51,9 @@ def centred(x: Tensor, center: Tensor | None) -> Tensor:
 
 def encoder_gradients(
     ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    center: Tensor | None,
     decode: Callable[[], Tensor],
     scatter: Callable[[Tensor], Tensor],
     weight_gradient: Callable[[Tensor], Tensor | None],
@@ -63,7 +66,9 @@ def encoder_gradients(
     Parameters
     ----------
     ctx
-        Its saved tensors begin with `x`, `weight` and `center`; ``has_bias`` says whether there is a bias.
+        ``has_bias`` says whether there is a bias.
+    x, weight, center
+        As they were saved. The caller unpacks them: gradient checkpointing allows it only once.
     decode
         Makes ``dx``.
     scatter
@@ -73,7 +78,6 @@ def encoder_gradients(
     tiny
         Whether the codes are so few that decoding them costs less than a pass over ``[d_sae]``.
     """
-    x, weight, center = ctx.saved_tensors[:3]
     needs_x, needs_weight, needs_bias, needs_center = ctx.needs_input_grad[:4]
     needs_bias = ctx.has_bias and needs_bias
     dx = dw = db = dc = None
@@ -102,10 +106,13 @@ def csr_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 def csr_backward(ctx, grad_values: Tensor, _crow, _col):  # type: ignore[no-untyped-def]
     """The backward pass of an encoder ``(x, weight, bias, center, …, screen) -> (values, crow, col)``."""
-    _, weight, _, values, crow, col = ctx.saved_tensors
+    x, weight, center, values, crow, col = ctx.saved_tensors
     dz = torch.where(values != 0, grad_values, 0)
     gradients = encoder_gradients(
         ctx,
+        x,
+        weight,
+        center,
         decode=lambda: csr_decode(dz, crow, col, weight, None),
         scatter=lambda vectors: csr_scatter_outer(dz, crow, col, vectors, weight.shape[0]),
         weight_gradient=lambda vectors: csr_weight_gradient(weight, dz, crow, col, vectors),

@@ -12,7 +12,8 @@ from sparsekern.ops._sparse_decode import weight_gradient
 def row_norms(weight: Tensor, parts: int = 1) -> Tensor:
     """Norms of each of the `parts` neighbouring parts of every row of `weight` ``[n, d]``: ``[n, parts]``.
 
-    In float32 at least. Not differentiable at a row of zeros, which gets the gradient 0.
+    In float32 at least. Not differentiable at a row of zeros, which gets the gradient 0. Of one part the factors of the
+    gradient are the weight itself; of several a tensor of its size is made.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight.reshape(weight.shape[0], parts, -1), dim=2, dtype=work)

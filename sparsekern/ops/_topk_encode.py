@@ -102,10 +102,13 @@ def topk_backward(ctx, grad_values: Tensor, _):  # type: ignore[no-untyped-def]
 
     ``dz = grad · [z ≠ 0]``, from which :func:`encoder_gradients` has the rest.
     """
-    _, weight, _, values, indices = ctx.saved_tensors
+    x, weight, center, values, indices = ctx.saved_tensors
     dz = torch.where(values != 0, grad_values, 0)
     gradients = encoder_gradients(
         ctx,
+        x,
+        weight,
+        center,
         decode=lambda: _sparse_decode(dz, indices, weight, None),
         scatter=lambda vectors: _scatter_outer(dz, indices, vectors, weight.shape[0]),
         weight_gradient=lambda vectors: weight_gradient(weight, dz, indices, vectors),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import sparsekern
-from sparsekern.data import ActivationLoader, ActivationStore, ActivationView
+from sparsekern.data import ActivationLoader, ActivationStore, ActivationView, JoinedStore
 from sparsekern.files import write_atomically, write_json
 from sparsekern.modules import SAE
 from sparsekern.progress import Progress
@@ -29,6 +30,8 @@ from sparsekern.training.config import TrainConfig
 from sparsekern.training.evaluate import Evaluation, evaluate, pca_fvu
 from sparsekern.training.loggers import METRICS, Logger, build_loggers
 from sparsekern.training.trainer import StepStats, Trainer
+
+Activations = ActivationStore | Tensor | str | Path
 
 # Options that may change between a run and its continuation: they do not touch the weights.
 _FREE_OPTIONS = {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "logger"}
@@ -61,8 +64,9 @@ class TrainResult:
 
 def train(
     sae: SAE,
-    activations: ActivationStore | Tensor | str | Path,
+    activations: Activations | Sequence[Activations],
     *,
+    target: Activations | Sequence[Activations] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -80,6 +84,9 @@ def train(
         Trained in place.
     activations : ActivationStore, path of one, or Tensor [n, d_in]
         A share ``held_out`` of it (whole contexts of a store; the last rows of a tensor) is kept for evaluation.
+        Several, of the same tokens, for a :class:`~sparsekern.Crosscoder`.
+    target : the same, or None
+        What is to be reconstructed, of the same tokens: for a :class:`~sparsekern.Transcoder`.
     output : path or None
         Folder for ``metrics.jsonl``, ``summary.json``, ``density.safetensors`` (share of held-out tokens on which each
         latent fires), ``sae/`` and ``checkpoints/``; nothing is written without it.
@@ -98,10 +105,22 @@ def train(
         On bad options or data, and where `output` holds a run and neither `resume` nor `overwrite` was given.
     """
     config = TrainConfig.of(options)
-    training, held_out = _split(activations, config)
+    x_stores = _listed(activations)
+    training, held_out = _split(x_stores if target is None else [*x_stores, *_listed(target)], config)
     loader = ActivationLoader(training, config.batch_size, seed=config.seed)
-    if loader.d != sae.d_in:
-        raise ValueError(f"activations must have {sae.d_in} columns (d_in of the SAE), got {loader.d}")
+    wanted = sae.d_in + (0 if target is None else sae.d_out)
+    if loader.d != wanted:
+        of = "d_in of the SAE" if target is None else "d_in and d_out of the SAE"
+        raise ValueError(f"activations must have {wanted} columns ({of}), got {loader.d}")
+
+    def x_and_target(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (rows, None) if target is None else (rows[:, : sae.d_in], rows[:, sae.d_in :])
+
+    def held_out_batches() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for rows in held_out.split(config.batch_size):
+            x, wanted = x_and_target(rows)
+            yield x if wanted is None else (x, wanted)
+
     trainer = Trainer(sae, config)
     folder = None if output is None else Path(output)
     run = _describe(sae, config, loader)
@@ -134,7 +153,7 @@ def train(
             timer, batches, evaluation = _Timer(), iter(loader), None
             bar.update(trainer.tokens_seen)
             while trainer.steps_done < config.steps:
-                stats = trainer.step(next(batches))
+                stats = trainer.step(*x_and_target(next(batches)))
                 timer.add(config.batch_size)
                 step, last = stats.step, stats.step == config.steps
                 row: dict[str, float] = {}
@@ -143,7 +162,7 @@ def train(
                     bar.update(stats.tokens, note=f"fvu {row['fvu']:.3f}")
                 if step % config.eval_every == 0 or last:
                     row = row or _row(stats, timer.rate())
-                    evaluation = evaluate(sae, held_out.split(config.batch_size))
+                    evaluation = evaluate(sae, held_out_batches())
                     row |= _held_out_row(evaluation)
                     timer.restart()
                 for logger in loggers if row else []:
@@ -155,7 +174,7 @@ def train(
                     kept = "" if folder is None else f"; {folder} can be resumed from there"
                     raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}{kept}")
         if evaluation is None:  # a finished run was resumed
-            evaluation = evaluate(sae, held_out.split(config.batch_size))
+            evaluation = evaluate(sae, held_out_batches())
         seconds = time.monotonic() - started
         summary = _summary(sae, trainer, evaluation, training, held_out, seconds, config)
     finally:
@@ -182,19 +201,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _split(
-    activations: ActivationStore | Tensor | str | Path, config: TrainConfig
-) -> tuple[ActivationView | Tensor, Tensor]:
-    """Training data, and the held-out tokens to measure on."""
-    if isinstance(activations, str | Path):
-        activations = ActivationStore(activations)
-    if isinstance(activations, ActivationStore):
-        training, held_out = activations.split(config.held_out, config.seed)
+def _listed(data: Activations | Sequence[Activations]) -> list[Activations]:
+    return [data] if isinstance(data, str | Path | ActivationStore | Tensor) else list(data)
+
+
+def _split(data: list[Activations], config: TrainConfig) -> tuple[ActivationView | Tensor, Tensor]:
+    """Training data, and the held-out tokens to measure on; columns side by side."""
+    tensors = [rows for rows in data if isinstance(rows, Tensor)]
+    if not tensors:
+        stores = [ActivationStore(store) if isinstance(store, str | Path) else store for store in data]
+        store = stores[0] if len(stores) == 1 else JoinedStore([s for s in stores if isinstance(s, ActivationStore)])
+        assert isinstance(store, ActivationStore)
+        training, held_out = store.split(config.held_out, config.seed)
         return training, held_out.load(config.eval_tokens)
-    if activations.dim() != 2:
-        raise ValueError(f"activations must be [n, d_in], got shape {tuple(activations.shape)}")
-    cut = len(activations) - max(2, int(config.held_out * len(activations)))
-    return activations[:cut], activations[cut : cut + config.eval_tokens]
+    if len(tensors) < len(data) or any(rows.dim() != 2 or len(rows) != len(tensors[0]) for rows in tensors):
+        shapes = [tuple(rows.shape) for rows in tensors]
+        raise ValueError(f"activations must be stores, or tensors [n, d] of as many rows, got shapes {shapes}")
+    rows = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+    cut = len(rows) - max(2, int(config.held_out * len(rows)))
+    return rows[:cut], rows[cut : cut + config.eval_tokens]
 
 
 def _describe(sae: SAE, config: TrainConfig, loader: ActivationLoader) -> dict[str, Any]:
@@ -249,7 +274,8 @@ def _summary(
         **measures,
         "dead_fraction": sae.dead_mask().float().mean().item(),
         "pca_components": components,
-        "pca_fvu": pca_fvu(sample, held_out, components),
+        # What codes of a crosscoder or a transcoder could do linearly is another question.
+        "pca_fvu": pca_fvu(sample, held_out, components) if held_out.shape[1] == sae.d_in // sae.n_sources else None,
         "steps": trainer.steps_done,
         "tokens": trainer.tokens_seen,
         "seconds": seconds,

@@ -121,7 +121,7 @@ class Trainer:
             measures = self.device_step(x, target, room, lr)
         else:
             measures = self._graphs.step(x, target, room, lr)
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // sae.d_in
         sae.ask_for_dead(tokens)
         self.steps_done += 1
         self.tokens_seen += tokens

@@ -31,7 +31,9 @@ def test_cpu_tensors_go_to_the_kernels_and_the_rest_to_the_reference():
     assert choose("sparse_decode", torch.ones(1, device="meta")) is reference
     assert choose("topk_encode", torch.ones(1)) is cpu
     assert choose("topk_encode", torch.ones(1, dtype=torch.float64)) is reference
-    assert choose("csr_decode", torch.ones(1)) is reference
+    assert choose("csr_decode", torch.ones(1)) is cpu
+    assert choose("csr_decode", torch.ones(1, dtype=torch.bfloat16)) is reference
+    assert choose("threshold_encode", torch.ones(1, dtype=torch.float64)) is reference
 
 
 def test_a_forced_backend_fails_loudly(monkeypatch):
@@ -102,8 +104,8 @@ native = importlib.util.module_from_spec(spec)  # a copy that nobody told about 
 spec.loader.exec_module(native)
 values, index = torch.rand(4000, 8), torch.randint(0, 500, (4000, 8), dtype=torch.int32)
 weight, out = torch.randn(500, 96), torch.empty(4000, 96)
-addresses = [t.data_ptr() for t in (index, values, weight)]
-native.sparse_decode(4, *addresses, 96, 0, out.data_ptr(), 4000, 8, 500, 96, 3)
+addresses = [t.data_ptr() for t in (values, weight)]
+native.sparse_decode(4, (index.data_ptr(), 4000, 8, 0), *addresses, 96, 0, out.data_ptr(), 500, 96, 3)
 torch.testing.assert_close(out, (values.unsqueeze(2) * weight[index]).sum(1))
 assert not native.use_openmp("/no/such/library.so")
 """

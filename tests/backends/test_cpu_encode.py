@@ -12,21 +12,22 @@ from sparsekern.bench.exactness import CASES, wrong_rows
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernels are not built")
 
 
-def encode(problem, k):
-    return cpu.topk_encode(problem.x, problem.weight, problem.bias, k, "int8")
+def encode(problem, k, absolute=False):
+    return cpu.topk_encode(problem.x, problem.weight, problem.bias, k, "int8", absolute)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("rows", "n", "d", "k"), [(500, 3001, 67, 32), (100, 1000, 384, 5)])
-def test_no_wrong_index(case, rows, n, d, k):
+def test_no_wrong_index(case, rows, n, d, k, absolute):
     problem = CASES[case](rows, n, d)
-    values, indices = encode(problem, k)
-    assert not wrong_rows(problem, indices).any()
+    values, indices = encode(problem, k, absolute)
+    assert not wrong_rows(problem, indices, absolute).any()
     x, weight, bias = (t.double() for t in problem)
     expected = (weight[indices.long()] * x.unsqueeze(1)).sum(2) + bias[indices.long()]
     scale = x.norm(dim=1, keepdim=True) * weight.norm(dim=1).max() + bias.abs().max()
-    assert ((values - expected.relu()).abs() <= 1e-6 * scale).all()
-    assert (values.diff(dim=1) <= 0).all()
+    assert ((values - (expected if absolute else expected.relu())).abs() <= 1e-6 * scale).all()
+    assert (values.abs().diff(dim=1) <= 0).all()
 
 
 @given(
@@ -36,13 +37,14 @@ def test_no_wrong_index(case, rows, n, d, k):
     share=st.floats(0, 1),
     case=st.sampled_from(sorted(CASES)),
     seed=st.integers(0, 2**31),
+    absolute=st.booleans(),
 )
-def test_any_shape(rows, n, d, share, case, seed):
+def test_any_shape(rows, n, d, share, case, seed, absolute):
     torch.manual_seed(seed)
     problem = CASES[case](rows, n, d)
     k = 1 + round(share * (n - 1))
-    _, indices = encode(problem, k)
-    assert not wrong_rows(problem, indices).any()
+    _, indices = encode(problem, k, absolute)
+    assert not wrong_rows(problem, indices, absolute).any()
 
 
 def test_one_row_one_latent_and_all_latents():
@@ -54,13 +56,16 @@ def test_one_row_one_latent_and_all_latents():
         assert torch.equal(indices, expected[1])
 
 
-def test_whole_numbers_give_the_reference_to_the_bit():
+@pytest.mark.parametrize("absolute", [False, True])
+def test_whole_numbers_give_the_reference_to_the_bit(absolute):
     """Sums of small whole numbers are exact in any order, and full of ties."""
     x, weight = torch.randint(-2, 3, (60, 30)).float(), torch.randint(-2, 3, (2000, 30)).float()
     bias = torch.randint(-3, 2, (2000,)).float()
     for k in (1, 17, 100):
         for mine, theirs in zip(
-            cpu.topk_encode(x, weight, bias, k, "int8"), reference.topk_encode(x, weight, bias, k, "none"), strict=True
+            cpu.topk_encode(x, weight, bias, k, "int8", absolute),
+            reference.topk_encode(x, weight, bias, k, "none", absolute),
+            strict=True,
         ):
             assert torch.equal(mine, theirs)
 
@@ -115,12 +120,13 @@ def test_biases_that_are_not_finite_are_left_to_the_reference():
     assert cpu.last_encode.repaired == 20
 
 
-def test_enormous_and_minute_inputs_are_repaired_not_wrong():
+@pytest.mark.parametrize("absolute", [False, True])
+def test_enormous_and_minute_inputs_are_repaired_not_wrong(absolute):
     problem = CASES["random"](12, 2000, 64)
     problem.x[3] *= 1e18
     problem.x[5] *= 1e-33
-    _, indices = encode(problem, 4)
-    assert not wrong_rows(problem, indices).any()
+    _, indices = encode(problem, 4, absolute)
+    assert not wrong_rows(problem, indices, absolute).any()
     assert cpu.last_encode.repaired == 2
 
 

@@ -63,7 +63,10 @@ def test_the_rehearsal_runs_everything(rehearsal):
         routed = "routed_topk_encode, 2 of 8 experts"
         for check in ("topk_encode, auto", routed, "sparse_decode", "gather_dot", "scatter_outer"):
             assert {(shape, check, "float32"), (shape, check, "bfloat16")} <= ran
-        assert (shape, "Trainer.step, 3 times", "float32") in ran
+        for check in ("topk_encode, absolute", "best of 8 groups"):
+            assert {(shape, check, "float32"), (shape, check, "bfloat16")} <= ran
+        for activation in ("topk", "batchtopk"):
+            assert (shape, f"Trainer.step, {activation}, 3 times", "float32") in ran
 
     assert [(case["name"], case["data"]) for case in record["cases"]] == [
         *[("x", "zipf"), ("y", "zipf"), ("x", "gaussian"), ("y", "gaussian")]
@@ -80,7 +83,9 @@ def test_the_rehearsal_runs_everything(rehearsal):
         assert {"matmul, bf16", "matmul and torch.topk", "topk_encode", "topk_encode, bf16 weights"} <= kernels
         assert {"sparse_decode", "embedding_bag", gpu_table.BACKWARD} <= kernels
         assert ("routed_topk_encode, 2 of 8 experts" in kernels) == (case["data"] == "zipf")
-        assert (gpu_table.UPDATE in kernels) == (case["data"] == "zipf")
+        assert "topk_encode, absolute" in kernels
+        for name in (gpu_table.UPDATE, "gradients and Adam, codes in CSR form", "routed_topk_encode, best of 8 groups"):
+            assert (name in kernels) == (case["data"] == "zipf")
         assert list(case["steps"]) == (["sparsekern", "torch"] if case["data"] == "zipf" else [])
     steps = record["cases"][0]["steps"]
     assert steps["sparsekern"]["tokens_s"] == pytest.approx(64e3 / steps["sparsekern"]["step_ms"]["median"])
@@ -141,8 +146,8 @@ def problem():
 def break_codes(monkeypatch, spoil):
     right = sk.topk_encode
 
-    def wrong(*arguments):
-        codes = right(*arguments)
+    def wrong(*arguments, **options):
+        codes = right(*arguments, **options)
         spoil(codes)
         return codes
 
@@ -170,6 +175,27 @@ def test_the_encoder_check_sees_wrong_indices_values_and_nan(monkeypatch):
         calls = iter(range(9))
         break_codes(patch, lambda codes: codes.values.mul_(1 + 3e-7 * next(calls)))
         assert not gpu_checks.encode(made, "auto").repeatable
+
+
+def test_the_check_of_codes_by_size_sees_a_lost_sign(monkeypatch):
+    made = problem()
+    assert gpu_checks.encode(made, "auto", absolute=True).passed
+    break_codes(monkeypatch, lambda codes: codes.values.abs_())
+    assert not gpu_checks.encode(made, "auto", absolute=True).passed
+
+
+def test_the_check_of_groups_sees_a_latent_that_is_not_the_best_and_one_of_another_group(monkeypatch):
+    made = problem()
+    assert gpu_checks.best_of_groups(made).passed
+    right = sk.GroupMax.encode
+    for spoil in (lambda indices: indices ^ 1, lambda indices: indices.roll(1, 1)):
+
+        def wrong(self, *arguments, spoil=spoil):
+            codes, trace = right(self, *arguments)
+            return codes._replace(indices=spoil(codes.indices)), trace
+
+        monkeypatch.setattr(sk.GroupMax, "encode", wrong)
+        assert gpu_checks.best_of_groups(made).wrong > 0
 
 
 def test_the_check_of_routed_encoders_sees_wrong_experts_order_and_latents(monkeypatch):
@@ -226,8 +252,9 @@ def test_the_product_checks_see_an_element_that_is_not_written(op, monkeypatch):
     assert not check(made).passed
 
 
-def test_the_step_check_sees_a_learning_rate_that_is_off_by_a_thousandth(monkeypatch):
-    assert gpu_checks.train(TINY, CPU, 0).passed
+@pytest.mark.parametrize("activation", [sk.TopK(8), sk.BatchTopK(8)], ids=["topk", "batchtopk"])
+def test_the_step_check_sees_a_learning_rate_that_is_off_by_a_thousandth(monkeypatch, activation):
+    assert gpu_checks.train(TINY, CPU, 0, activation).passed
     step = sk.Trainer.step
 
     def wrong(self, x):
@@ -236,7 +263,7 @@ def test_the_step_check_sees_a_learning_rate_that_is_off_by_a_thousandth(monkeyp
         return step(self, x)
 
     monkeypatch.setattr(sk.Trainer, "step", wrong)
-    found = gpu_checks.train(TINY, CPU, 0)
+    found = gpu_checks.train(TINY, CPU, 0, activation)
     assert not found.passed
     assert found.error == pytest.approx(1e-3, rel=0.1)
 

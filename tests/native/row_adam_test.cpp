@@ -1,6 +1,8 @@
 // Adam over factored gradients against plain loops in double.
 #include "cpu/row_adam.h"
 
+#include "cpu/topk_encode.h"
+
 #include "native_test.h"
 
 using namespace sparsekern;

@@ -12,12 +12,12 @@ namespace {
 
 struct Case {
     std::int64_t rows, n, d, k, gap;
-    bool bias, outliers, copy;
+    bool bias, outliers, copy, absolute;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
     return out << "rows " << c.rows << ", n " << c.n << ", d " << c.d << ", k " << c.k << ", gap " << c.gap << ", bias "
-               << c.bias << ", outliers " << c.outliers << ", copy " << c.copy;
+               << c.bias << ", outliers " << c.outliers << ", copy " << c.copy << ", absolute " << c.absolute;
 }
 
 // A quantised copy in memory of its own.
@@ -46,16 +46,20 @@ void check_case(const Case& c, int most_threads) {
         for (std::int64_t b = 0; b < c.rows; ++b) x.row(b)[c.d / 2] *= 200;
 
     std::vector<std::int32_t> expected;
-    std::vector<double> scores(c.n);
+    std::vector<float> expected_values;
+    std::vector<double> scores(c.n), sizes(c.n);
     for (std::int64_t b = 0; b < c.rows; ++b) {
         for (std::int64_t i = 0; i < c.n; ++i) {
             scores[i] = c.bias ? bias[i] : 0;
             for (std::int64_t j = 0; j < c.d; ++j) scores[i] += double(weight.row(i)[j]) * x.row(b)[j];
+            sizes[i] = c.absolute ? std::fabs(scores[i]) : scores[i];
         }
         std::vector<std::int32_t> order(c.n);
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return scores[i] > scores[j]; });
+        std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return sizes[i] > sizes[j]; });
         expected.insert(expected.end(), order.begin(), order.begin() + c.k);
+        for (std::int64_t j = 0; j < c.k; ++j)
+            expected_values.push_back(static_cast<float>(c.absolute ? scores[order[j]] : std::max(scores[order[j]], 0.0)));
     }
 
     for (const auto& [isa, table] : runnable(topk_encode_generic(), topk_encode_avx2(), topk_encode_avx512())) {
@@ -66,12 +70,16 @@ void check_case(const Case& c, int most_threads) {
             Buffer<float> values(c.rows * c.k);
             Buffer<std::int32_t> index(c.rows * c.k);
             Buffer<std::uint8_t> certain(c.rows);
-            table->encode({weights, nullptr, c.copy ? &quantized : nullptr, c.bias ? bias.data() : nullptr, x.data(), x.stride,
-                           c.rows, c.k, values.data(), index.data(), certain.data(), threads});
+            table->encode({{weights, c.copy ? &quantized : nullptr, c.bias ? bias.data() : nullptr, x.data(), x.stride,
+                            c.rows, threads},
+                           nullptr, c.k, c.absolute, values.data(), index.data(), certain.data()});
             for (std::int64_t b = 0; b < c.rows; ++b) CHECK(certain[b] == 1, isa << ", row " << b << "; " << c);
             for (std::int64_t s = 0; s < c.rows * c.k; ++s)
                 CHECK(index[s] == expected[s], isa << ", slot " << s << " has latent " << index[s] << ", expected "
                                                    << expected[s] << ", threads " << threads << "; " << c);
+            for (std::int64_t s = 0; s < c.rows * c.k; ++s)
+                CHECK(values[s] == expected_values[s], isa << ", slot " << s << " has value " << values[s] << ", expected "
+                                                           << expected_values[s] << "; " << c);
         }
     }
 }
@@ -130,8 +138,8 @@ void check_routed(const RoutedCase& c, int threads) {
         Buffer<float> values(found * c.k);
         Buffer<std::int32_t> index(found * c.k);
         Buffer<std::uint8_t> certain(found);
-        table->encode({weights, &experts, c.copy ? &quantized : nullptr, bias.data(), x.data(), x.stride, c.rows, c.k,
-                       values.data(), index.data(), certain.data(), threads});
+        table->encode({{weights, c.copy ? &quantized : nullptr, bias.data(), x.data(), x.stride, c.rows, threads},
+                       &experts, c.k, false, values.data(), index.data(), certain.data()});
         for (std::int64_t f = 0; f < found; ++f) CHECK(certain[f] == 1, isa << ", row " << f << "; " << c);
         for (std::int64_t s = 0; s < found * c.k; ++s)
             CHECK(index[s] == expected[s], isa << ", slot " << s << " has latent " << index[s] << ", expected "
@@ -160,13 +168,16 @@ NATIVE_TEST(topk_encode_odd_shapes) {
             for (std::int64_t rows : {1, 7}) {
                 if (kThreadSanitizer && (n != 300 || d != 37)) continue;
                 for (std::int64_t k : {std::int64_t{1}, (n + 1) / 2, n})
-                    for (bool copy : {false, true}) check_case({rows, n, d, k, copy ? 5 : 0, copy, !copy, copy}, 1);
+                    for (bool copy : {false, true})
+                        for (bool absolute : {false, true})
+                            check_case({rows, n, d, k, copy ? 5 : 0, copy, !copy, copy, absolute}, 1);
             }
 }
 
 NATIVE_TEST(topk_encode_on_threads) {
-    check_case({61, 1500, 70, 9, 3, true, true, false}, 4);
-    check_case({61, 1500, 70, 9, 0, false, false, true}, 3);
+    check_case({61, 1500, 70, 9, 3, true, true, false, false}, 4);
+    check_case({61, 1500, 70, 9, 0, false, false, true, false}, 3);
+    check_case({61, 1500, 70, 9, 3, true, true, false, true}, 3);
 }
 
 NATIVE_TEST(topk_encode_reports_rows_that_it_cannot_answer_for) {
@@ -181,8 +192,8 @@ NATIVE_TEST(topk_encode_reports_rows_that_it_cannot_answer_for) {
         Buffer<float> values(rows * k);
         Buffer<std::int32_t> index(rows * k);
         Buffer<std::uint8_t> certain(rows);
-        table->encode({{weight.data(), d, n, d}, nullptr, nullptr, nullptr, x.data(), d, rows, k, values.data(), index.data(),
-                       certain.data(), 2});
+        table->encode({{{weight.data(), d, n, d}, nullptr, nullptr, x.data(), d, rows, 2},
+                       nullptr, k, false, values.data(), index.data(), certain.data()});
         for (std::int64_t b = 0; b < rows; ++b) CHECK(certain[b] == 0, isa << ", row " << b);
     }
 }

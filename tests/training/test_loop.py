@@ -232,3 +232,26 @@ def test_ctrl_c_in_a_real_process(tmp_path, interruptible):
     assert "can be resumed" in errors
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) == read_metrics(tmp_path)[-1]["step"]
+
+
+def test_a_transcoder_learns_a_target(data, tmp_path):
+    target = data @ torch.randn(8, 5)
+    make_one = lambda: sk.Transcoder(8, 32, sk.TopK(3), d_out=5, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    result = sk.train(make_one(), data, target=target, output=tmp_path / "run", progress=False, **OPTIONS)
+    assert result.evaluation.fvu < 0.5
+    assert result.summary["pca_fvu"] is None, "what PCA does to the activations says nothing of the target"
+    x, wanted = data[-30:], target[-30:]
+    error = (result.sae(x) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert result.evaluation.fvu == pytest.approx(error.item(), rel=1e-4)
+    again = sk.train(make_one(), data, target=target, output=tmp_path / "run", resume=True, progress=False, **OPTIONS)
+    assert again.evaluation.fvu == result.evaluation.fvu
+
+
+def test_a_crosscoder_reads_several(data):
+    sources = [data, 10 * data @ torch.randn(8, 8)]
+    result = sk.train(sk.Crosscoder(2, 8, 32, sk.TopK(3)), sources, progress=False, **OPTIONS)
+    assert result.evaluation.fvu < 0.6
+    with pytest.raises(ValueError, match=r"as many rows, got shapes .*600, 8.*599, 8"):
+        sk.train(sk.Crosscoder(2, 8, 32, sk.TopK(3)), [data, data[1:]], progress=False, **OPTIONS)
+    with pytest.raises(ValueError, match=r"activations must have 13 columns \(d_in and d_out of the SAE\), got 16"):
+        sk.train(sk.Transcoder(8, 32, sk.TopK(3), d_out=5), data, target=data, progress=False, **OPTIONS)

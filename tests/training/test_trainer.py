@@ -181,3 +181,8 @@ def test_a_step_keeps_little_beyond_parameters_and_optimizer():
     moments, copy, dense_gradient = 4 * 33.5, 8.5, 67
     assert kept < moments + copy + 50  # and the workspace, most of which is candidates
     assert during < dense_gradient / 4
+
+
+def test_a_token_of_several_sources_is_one_token():
+    trainer = sk.Trainer(sk.Crosscoder(3, 4, 16, sk.TopK(2)))
+    assert trainer.step(torch.randn(10, 3, 4)).tokens == 10

@@ -116,16 +116,22 @@ def _check_topk_encode_fp8(dtype: torch.dtype, device: torch.device) -> Pairs:
 
 def _codes_by(screen: str, path: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
-    for x, weight, bias, k in _encode_cases(dtype):
+    cases = _encode_cases(dtype)
+    x, weight, bias, k = cases[-1]
+    calls = [(*case, False) for case in cases]
+    calls.append((x, weight * (1 - 2 * (torch.arange(len(weight)) % 3 == 0).to(dtype)).unsqueeze(1), bias, k, True))
+    for x, weight, bias, k, absolute in calls:
         on = [t.to(device) for t in (x, weight, bias)]
-        values, indices = triton.topk_encode(*on, k, screen, path)
+        values, indices = triton.topk_encode(*on, k, screen, path, absolute)
         wide = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k)
+        pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k, absolute)
     return pairs
 
 
-def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int) -> Pairs:
-    """Beside the k largest of all `scores` of a token, in float64."""
+def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int, absolute: bool = False) -> Pairs:
+    """Beside the k largest, or those of largest size, of all `scores` of a token, in float64."""
+    signed = scores
+    scores = signed.abs() if absolute else signed
     expected, order = (found[:, :k] for found in scores.sort(dim=1, descending=True, stable=True))
     if not ((indices >= 0) & (indices < scores.shape[1])).all():
         raise _DisagreementError("an index is out of range")
@@ -137,6 +143,8 @@ def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int) -> P
     tied = (score[:, 1:] == score[:, :-1]) & (indices[:, 1:] < indices[:, :-1])
     if tied.any() or not torch.equal(indices[3], order[3].int()):
         raise _DisagreementError("ties do not go to the lower latent")
+    if absolute:
+        return [(values.abs(), expected), (values, signed.gather(1, indices.long()))]
     return [(values, expected.relu())]
 
 
@@ -184,20 +192,25 @@ def _check_routed_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> 
 
 
 def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
-    """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one."""
+    """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one.
+
+    And the best latent of each expert, where all experts serve every token.
+    """
     tokens = torch.arange(13)
     pairs: Pairs = []
-    uneven = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int()
-    for experts, latents, k in ((uneven, WIDE // 5, 4), (uneven[:9, :1], 30, 7)):
+    uneven, every = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int(), torch.arange(5).int()
+    both = (False, True) if screen == "auto" else (False,)
+    cases = [(uneven, WIDE // 5, 5, both), (uneven[:9, :1], 30, 7, both), (every.repeat(5, 1), WIDE // 5, 1, (True,))]
+    for experts, latents, k, ways in cases:
         n, n_active = 5 * latents, experts.shape[1]
         shapes = ((len(experts), 72), (n, 72), (1,))
         x, weight, bias = (_random(*shape, dtype=dtype, seed=9) for shape in shapes)
         weight[latents : latents + 9] = weight[:9]  # ties between experts
         plan = routed_plan(
-            13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=False
+            13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=ways[0]
         )  # fmt: skip
         assert plan is not None
-        buckets = plan.n_buckets // n_active
+        buckets = plan.n_buckets if ways[0] else plan.n_buckets // n_active
         weight[7:latents:buckets] = x[2] + 0.1 * weight[7:latents:buckets]  # all winners are in one bucket
         x[1] = weight[5] * 2
         x[3] = 0  # all latents tie
@@ -205,7 +218,7 @@ def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
         on = [t.to(device) for t in (x, weight, bias, experts, *reference.group_slots(experts, 5))]
         mine = torch.arange(n) // latents == experts.unsqueeze(2)  # [tokens, n_active, N]
         scores = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        for per_expert in (False, True) if screen == "auto" else (False,):
+        for per_expert in ways:
             values, indices = (t.cpu() for t in triton.routed_topk_encode(*on, k, per_expert, screen))
             for slot, owned in enumerate(mine.unbind(1) if per_expert else [mine.any(1)]):
                 part = slice(slot * k, (slot + 1) * k)

@@ -13,6 +13,9 @@ repair     A token with more candidates than there is room for has all latents r
 take       The k largest, ties to the lower latent, then ReLU.
 =========  ============================================================================================================
 
+With *absolute* the k scores of largest size are wanted: keys and comparisons are those of sizes, which are no farther
+from the exact ones than scores are, and what is rescored keeps its sign.
+
 *Routed* kernels serve tokens whose latents are those of a few experts. The screen then works through slots (a token's
 place at one of its experts) in the order of experts, and writes the keys of a token's slots side by side; from there on
 its experts' latents are one row of buckets. See :mod:`.routing`.
@@ -205,8 +208,8 @@ def _screen(
     x, x_scale, weight, weight_stride, weight_scale, bias, keys, n_rows, n, d, n_buckets, n_members,
     order, offsets, first_tile, tile_expert, n_active, n_experts,
     KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, ROUTED: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr, ROUTED: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr,
+    MEMBERS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Matmul with the keys of :func:`_to_key` in its epilogue.
 
@@ -267,6 +270,8 @@ def _screen(
             score *= by_row[:, None] * tl.load(weight_scale + latent)[None, :]
         if HAS_BIAS:
             score += tl.maximum(tl.load(bias + latent).to(tl.float32), LOWEST)[None, :]
+        if ABSOLUTE:
+            score = tl.abs(score)
         key = tl.where(real[None, :], _to_key(score, member[None, :], MEMBER_BITS), LOWEST)
         if MEMBERS == 1:
             first, second, third = _insert(first, second, third, key, KEEP)
@@ -285,8 +290,8 @@ def _screen(
 @triton.jit(do_not_specialize=["n_rows", "n", "n_buckets", "first_member", "n_members"])
 def _bucket_panel(
     panel, panel_stride, x_scale, weight_scale, bias, keys, n_rows, n, n_buckets, first_member, n_members,
-    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, FRESH: tl.constexpr,
-    ROWS: tl.constexpr, BUCKETS: tl.constexpr,
+    KEEP: tl.constexpr, MEMBER_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    ABSOLUTE: tl.constexpr, FRESH: tl.constexpr, ROWS: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Merge a panel of scores ``[n_rows, n_members · n_buckets]`` into the keys."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -314,6 +319,8 @@ def _bucket_panel(
             score *= by_row[:, None] * tl.load(weight_scale + latent, mask=latent < n, other=0.0)[None, :]
         if HAS_BIAS:
             score += tl.maximum(tl.load(bias + latent, mask=latent < n, other=0.0).to(tl.float32), LOWEST)[None, :]
+        if ABSOLUTE:
+            score = tl.abs(score)
         key = tl.where(real, _to_key(score, first_member + member, MEMBER_BITS), LOWEST)
         first, second, third = _insert(first, second, third, key, KEEP)
     _store_keys(keys, first, second, third, row, bucket, wanted, n_buckets, KEEP)
@@ -430,25 +437,50 @@ def _select(
 @triton.jit(do_not_specialize=["room"])
 def _rescore(
     x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room,
-    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, SHARE: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, ABSOLUTE: tl.constexpr, FEW: tl.constexpr, SHARE: tl.constexpr,
+    CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Exact pre-activations of the candidates of one row; SHARE rows after one another are of one token."""
+    """Exact pre-activations of the candidates of one row; SHARE rows after one another are of one token.
+
+    Of FEW candidates one program goes through all, of more each program has its own.
+    """
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count + row)
-    first = tl.program_id(1) * CANDIDATES
-    if (n <= room) & (first < n):
-        place = first + tl.arange(0, CANDIDATES)
-        latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
-        token = row // SHARE
-        score = dot_rows(x, x_stride, weight, weight_stride, bias, token, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
-        score = tl.where(latent >= 0, score, float("-inf"))
-        if CHECK:
-            # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
-            screened = tl.load(scores + row * room + place, mask=place < n, other=float("nan"))
-            wrong = (tl.abs(score - screened) > 0.5 * tl.load(slack + row)) & (place < n)
-            if tl.sum(wrong.to(tl.int32), axis=0) > 0:
-                tl.store(count + row, NO_LATENT)
-        tl.store(scores + row * room + place, score, mask=place < n)
+    if FEW:
+        end = tl.minimum(tl.where(n <= room, n, 0), room)  # at most; said for the analysis of intervals
+        for first in range(0, end, CANDIDATES):
+            _rescore_some(
+                x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
+                HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
+            )  # fmt: skip
+    else:
+        first = tl.program_id(1) * CANDIDATES
+        if (n <= room) & (first < n):
+            _rescore_some(
+                x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
+                HAS_BIAS, CHECK, ABSOLUTE, SHARE, CANDIDATES, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _rescore_some(
+    x, x_stride, weight, weight_stride, bias, candidates, scores, count, slack, d, room, row, first, n,
+    HAS_BIAS: tl.constexpr, CHECK: tl.constexpr, ABSOLUTE: tl.constexpr, SHARE: tl.constexpr,
+    CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = first + tl.arange(0, CANDIDATES)
+    latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
+    token = row // SHARE
+    score = dot_rows(x, x_stride, weight, weight_stride, bias, token, latent, d, HAS_BIAS, CANDIDATES, BLOCK)
+    score = tl.where(latent >= 0, score, float("-inf"))
+    if CHECK:
+        # The slack of fp8 is an estimate. Errors far beyond what it was estimated from discredit it.
+        screened = tl.load(scores + row * room + place, mask=place < n, other=float("nan"))
+        compared = tl.abs(score) if ABSOLUTE else score
+        wrong = (tl.abs(compared - screened) > 0.5 * tl.load(slack + row)) & (place < n)
+        if tl.sum(wrong.to(tl.int32), axis=0) > 0:
+            tl.store(count + row, NO_LATENT)
+    tl.store(scores + row * room + place, score, mask=place < n)
 
 
 @triton.jit
@@ -475,8 +507,8 @@ def dot_rows(
 def _repair(
     x, x_stride, weight, weight_stride, bias, candidates, scores, count, repaired, experts,
     n_rows, n, d, room, share, n_owners,
-    HAS_BIAS: tl.constexpr, ROUTED: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ABSOLUTE: tl.constexpr, ROUTED: tl.constexpr, SHARE: tl.constexpr, TOP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The TOP best of a share of all latents, for the tokens with too many candidates; mostly there are none.
 
@@ -491,7 +523,6 @@ def _repair(
         while waiting > 0:
             done = tl.min(tl.where(over & (tokens > done), tokens, NO_LATENT), axis=0)
             row = done.to(tl.int64)
-            # Score above, latent below: one comparison orders by score and sends ties to the lower latent.
             best = tl.full([TOP], NOTHING, tl.int64)
             for latent in range(part * share, tl.minimum((part + 1) * share, n), TOP):
                 index = latent + tl.arange(0, TOP)
@@ -502,14 +533,13 @@ def _repair(
                     index = tl.where(index >= 0, expert * latents + index % latents, -1)
                 token = row // SHARE
                 score = dot_rows(x, x_stride, weight, weight_stride, bias, token, index, d, HAS_BIAS, TOP, BLOCK)
-                new = tl.where(index >= 0, _pack(score, index), NOTHING)
+                new = tl.where(index >= 0, _pack(score, index, ABSOLUTE), NOTHING)
                 if tl.max(new, axis=0) > tl.min(best, axis=0):
                     # Falling beside rising: the larger of each pair are the larger half of both.
                     best = tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
             real = best != NOTHING
             place = row * room + part * TOP + tl.arange(0, TOP)
-            found = (best & NO_LATENT).to(tl.int32) ^ NO_LATENT
-            score = _from_sortable(((best >> 32) + 2147483648).to(tl.uint32))
+            score, found = _unpack(best, ABSOLUTE)
             tl.store(candidates + place, tl.where(real, found, -1))
             tl.store(scores + place, tl.where(real, score, float("-inf")))
             if part == 0:
@@ -518,45 +548,68 @@ def _repair(
 
 
 @triton.jit
-def _pack(score, latent):
-    number = _sortable(score).to(tl.int64) - 2147483648
-    return (number << 32) | (latent ^ NO_LATENT).to(tl.int64)
+def _pack(score, latent, ABSOLUTE: tl.constexpr):
+    """Score above, latent below: one comparison orders by score and sends ties to the lower latent.
+
+    With ABSOLUTE by the size of the score, whose sign is the lowest bit: no latent is there twice, so it never decides.
+    """
+    high = (_sortable(tl.abs(score) if ABSOLUTE else score).to(tl.int64) - 2147483648) << 32
+    low = (latent ^ NO_LATENT).to(tl.int64)
+    if ABSOLUTE:
+        low = (low << 1) | (score < 0).to(tl.int64)
+    return high | low
+
+
+@triton.jit
+def _unpack(packed, ABSOLUTE: tl.constexpr):
+    """Score and latent of :func:`_pack`."""
+    latent = (((packed >> 1) if ABSOLUTE else packed) & NO_LATENT).to(tl.int32) ^ NO_LATENT
+    score = _from_sortable(((packed >> 32) + 2147483648).to(tl.uint32))
+    if ABSOLUTE:
+        score = tl.where((packed & 1) != 0, -score, score)
+    return score, latent
 
 
 @triton.jit(do_not_specialize=["k", "room"])
 def _take(
-    candidates, scores, count, repaired, values, indices, k, room, filled, TOP: tl.constexpr, ROOM: tl.constexpr
+    candidates, scores, count, repaired, values, indices, k, room, filled,
+    ABSOLUTE: tl.constexpr, TOP: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """The k best candidates of one token, in order."""
+    """The k best candidates of one token, in order; out of no more than TOP without a search for them."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, ROOM)
     n = tl.where(tl.load(repaired + row) != 0, filled, tl.load(count + row))
     latent = tl.load(candidates + row * room + place, mask=place < n, other=-1)
     score = tl.load(scores + row * room + place, mask=place < n, other=float("-inf"))
-    packed = tl.where(latent >= 0, _pack(score, latent), NOTHING)
-    # The k-th largest, bit by bit; numbers are distinct, so k of them reach it.
-    zero = tl.zeros([], tl.int64)
-    kth = tl.where(tl.sum((packed >= zero).to(tl.int32), axis=0) >= k, zero, zero + NOTHING)
-    for bit in range(0, 63):
-        trial = kth + ((zero + 1) << (62 - bit))
-        kth = tl.where(tl.sum((packed >= trial).to(tl.int32), axis=0) >= k, trial, kth)
-    taken = (packed >= kth) & (latent >= 0)
-    slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-    taken = taken & (slot < k)
-    tl.store(candidates + row * room + slot, latent, mask=taken)
-    tl.store(scores + row * room + slot, score, mask=taken)
-    tl.debug_barrier()
+    packed = tl.where(latent >= 0, _pack(score, latent, ABSOLUTE), NOTHING)
+    if TOP < ROOM:
+        # The k-th largest, bit by bit; numbers are distinct, so k of them reach it.
+        zero = tl.zeros([], tl.int64)
+        kth = tl.where(tl.sum((packed >= zero).to(tl.int32), axis=0) >= k, zero, zero + NOTHING)
+        for bit in range(0, 63):
+            trial = kth + ((zero + 1) << (62 - bit))
+            kth = tl.where(tl.sum((packed >= trial).to(tl.int32), axis=0) >= k, trial, kth)
+        taken = (packed >= kth) & (latent >= 0)
+        slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        taken = taken & (slot < k)
+        tl.store(candidates + row * room + slot, latent, mask=taken)
+        tl.store(scores + row * room + slot, score, mask=taken)
+        tl.debug_barrier()
+        found = tl.sum(taken.to(tl.int32), axis=0)
+        best = tl.arange(0, TOP)
+        latent = tl.load(candidates + row * room + best, mask=best < found, other=0)
+        score = tl.load(scores + row * room + best, mask=best < found, other=float("-inf"))
+        packed = tl.where(best < found, _pack(score, latent, ABSOLUTE), NOTHING)
+    packed = tl.sort(packed, descending=True)
     mine = tl.arange(0, TOP)
-    found = tl.sum(taken.to(tl.int32), axis=0)
-    latent = tl.load(candidates + row * room + mine, mask=mine < found, other=0)
-    score = tl.load(scores + row * room + mine, mask=mine < found, other=float("-inf"))
-    packed = tl.sort(tl.where(mine < found, _pack(score, latent), NOTHING), descending=True)
     real = packed != NOTHING
-    score = tl.where(real, _from_sortable(((packed >> 32) + 2147483648).to(tl.uint32)), 0.0)
-    latent = tl.where(real, (packed & NO_LATENT).to(tl.int32) ^ NO_LATENT, 0)
+    score, latent = _unpack(packed, ABSOLUTE)
+    score = tl.where(real, score, 0.0)
+    if not ABSOLUTE:
+        score = tl.maximum(score, 0.0)
     out = row * k + mine
-    tl.store(values + out, tl.maximum(score, 0.0).to(values.dtype.element_ty), mask=mine < k)
-    tl.store(indices + out, latent, mask=mine < k)
+    tl.store(values + out, score.to(values.dtype.element_ty), mask=mine < k)
+    tl.store(indices + out, tl.where(real, latent, 0), mask=mine < k)
 
 
 class EncodeStats(NamedTuple):
@@ -650,15 +703,13 @@ def topk_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, path: str = "auto", absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsekern.backends.reference.topk_encode`; `path` as for :func:`encode_plan`."""
-    if absolute:
-        return reference.topk_encode(x, weight, bias, k, "none", absolute)
     rows, (n, d) = x.shape[0], weight.shape
     copy = current_copy(weight)
     has_copy = copy is not None and copy.cast.rows.dtype == SCREEN_DTYPE
     plan = encode_plan(rows, d, n, k, x.dtype, screen, capability(x), has_copy=has_copy, path=path)
     if plan is None:
-        return reference.topk_encode(x, weight, bias, k, "none")
-    x = x.contiguous()
+        return reference.topk_encode(x, weight, bias, k, "none", absolute)
+    plan, x = plan._replace(absolute=absolute), x.contiguous()
     weight = weight if weight.stride(1) == 1 or d == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     screened = screen_operands(x, weight, bias, plan, copy)
@@ -770,6 +821,7 @@ def screen_keys(
             *routed,
             **shared,
             SCALED=weight_scale is not None,
+            ABSOLUTE=plan.absolute,
             PRECISION=plan.precision,
             ROUTED=slots is not None,
             ROWS=tile.rows,
@@ -839,6 +891,7 @@ def merge_panel(
         MEMBER_BITS=plan.member_bits,
         HAS_BIAS=bias is not None,
         SCALED=x_scale is not None,
+        ABSOLUTE=plan.absolute,
         FRESH=first == 0,
         ROWS=rows,
         BUCKETS=buckets,
@@ -870,6 +923,8 @@ def finish(
     count = torch.empty(rows, dtype=torch.int32, device=x.device)
     repaired = torch.zeros(rows, dtype=torch.int32, device=x.device)
     block = triton.next_power_of_2(plan.n_buckets)
+    # Rows of a latent or a few, as of every group of a token, are many and have next to nothing to do each.
+    few = slots is not None and room <= plans.FEW_ROOM
     launch(
         _select,
         (rows,),
@@ -892,13 +947,13 @@ def finish(
         ROUTED=slots is not None,
         SHARE=share,
         BLOCK=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=max(1, min(4, block // 256)) if few else 4 if block <= 2048 else 8,
     )
     row_of_weight = (x, x.stride(0), weight, weight.stride(0), bias)
-    some = 16
+    some = 4 if few else 16
     launch(
         _rescore,
-        (rows, triton.cdiv(room, some)),
+        (rows, 1 if few else triton.cdiv(room, some)),
         *row_of_weight,
         candidates,
         scores,
@@ -908,9 +963,12 @@ def finish(
         room,
         HAS_BIAS=bias is not None,
         CHECK=plan.statistical,
+        ABSOLUTE=plan.absolute,
+        FEW=few,
         SHARE=share,
         CANDIDATES=some,
         BLOCK=min(256, max(16, triton.next_power_of_2(d))),
+        num_warps=1 if few else 4,
     )
     top = max(16, triton.next_power_of_2(k))
     parts = room // top
@@ -930,6 +988,7 @@ def finish(
         triton.cdiv(n, parts),
         owners,
         HAS_BIAS=bias is not None,
+        ABSOLUTE=plan.absolute,
         ROUTED=slots is not None,
         SHARE=share,
         TOP=top,
@@ -949,7 +1008,8 @@ def finish(
         k,
         room,
         parts * top,
-        TOP=top,
+        ABSOLUTE=plan.absolute,
+        TOP=room if few else top,
         ROOM=room,
         num_warps=1 if room <= 512 else 4,
     )

@@ -22,6 +22,10 @@ MOST_TOP = 2048
 """The largest k: that many scores are sorted by one program."""
 
 
+FEW_ROOM = 32
+"""Candidates of a routed row that is to keep up to 4 latents: those, and the 16 of a bucket that has to be opened."""
+
+
 class Tile(NamedTuple):
     """Shape of a program of the fused screen: ``rows × (buckets · members)`` scores, `depth` of the width at a time."""
 
@@ -52,6 +56,8 @@ class EncodePlan(NamedTuple):
         Relative rounding of the chunked screen's scores.
     statistical : bool
         Whether the bound on the screen's errors is an estimate.
+    absolute : bool
+        Whether scores are compared by size.
     """
 
     operand: torch.dtype
@@ -63,6 +69,7 @@ class EncodePlan(NamedTuple):
     tile: Tile | None
     panel_rounding: float
     statistical: bool
+    absolute: bool = False
 
     @property
     def member_bits(self) -> int:
@@ -185,11 +192,13 @@ def _routed_buckets(latents: int, n_owners: int, k: int) -> tuple[int, int, int]
     for members in (16, 8):
         across = -(-latents // members)
         if k <= MOST_TOP and n <= MOST_KEYS and _opened(n_owners * across, k) * members <= k / 4:
-            return across, 3, max(4 * (1 << (k - 1).bit_length()), 64)
+            return across, 3, max(4 * (1 << (k - 1).bit_length()), FEW_ROOM if k <= 4 else 64)
     found = _buckets(n, k)
     if found is None:
         return None
     n_buckets, keep, room = found
+    if keep == 1 and k <= 4:  # no bucket hides anything
+        room = FEW_ROOM
     across = min(latents, n_buckets // n_owners)
     return None if across == 0 or latents > across * 2**12 else (across, keep, room)
 

@@ -23,36 +23,41 @@ def few_buckets(monkeypatch, n_buckets=32, keep=3, room=64):
     monkeypatch.setattr(plans, "_buckets", lambda n, k: (n_buckets, keep, room))
 
 
-def run(device, x, weight, bias, k, screen="auto"):
+def run(device, x, weight, bias, k, screen="auto", absolute=False):
     on = [None if t is None else t.to(device) for t in (x, weight, bias)]
-    values, indices = triton.topk_encode(*on, k, screen)
+    values, indices = triton.topk_encode(*on, k, screen, absolute=absolute)
     return values.cpu(), indices.cpu()
 
 
-def check(values, indices, x, weight, bias, k):
+def check(values, indices, x, weight, bias, k, absolute=False):
     """Indices of a top k up to the rounding of float32, values and order to match, ties to the lower latent."""
     bias = torch.zeros(weight.shape[0]) if bias is None else bias
     x, weight, bias = x.double(), weight.double(), bias.double()
     score = torch.addmm(bias, x, weight.T)
     rounding = 1e-6 * (x.norm(dim=1, keepdim=True) * weight.norm(dim=1).max() + bias.abs().max())
     taken = score.gather(1, indices.long())
+    coarse = 0 if values.dtype == torch.float32 else 2e-3 * taken.abs()
+    assert ((values.double() - (taken if absolute else taken.relu())).abs() <= rounding + coarse).all()
+    if absolute:
+        score, taken, values = score.abs(), taken.abs(), values.abs()
     assert ((indices >= 0) & (indices < weight.shape[0])).all()
     assert (indices.sort(1).values.diff(dim=1) > 0).all()
     assert (taken >= score.sort(1, descending=True).values[:, k - 1 : k] - rounding).all()
-    coarse = 0 if values.dtype == torch.float32 else 2e-3 * taken.abs()
-    assert ((values.double() - taken.relu()).abs() <= rounding + coarse).all()
     assert (values.diff(dim=1) <= 0).all()
     same = (taken[:, 1:] == taken[:, :-1]) & (indices[:, 1:] < indices[:, :-1])
     assert not same.any()
 
 
-@pytest.mark.parametrize(("path", "keep"), [("fused", 1), ("chunked", 2), ("fused", 3), ("chunked", 3)])
+KEPT = [("fused", 1, False), ("chunked", 2, False), ("fused", 3, False), ("chunked", 3, False)]
+
+
+@pytest.mark.parametrize(("path", "keep", "absolute"), [*KEPT, ("fused", 3, True), ("chunked", 2, True)])
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_hard_inputs(monkeypatch, triton_device, path, keep, case):
+def test_hard_inputs(monkeypatch, triton_device, path, keep, case, absolute):
     monkeypatch.setenv("SPARSEKERN_TRITON_ENCODE", path)
     few_buckets(monkeypatch, n_buckets=64 if keep == 1 else 24, keep=keep)
     problem = CASES[case](3, 61 if keep == 1 else 150, 37)
-    check(*run(triton_device, *problem, 4, "fp16"), *problem, 4)
+    check(*run(triton_device, *problem, 4, "fp16", absolute), *problem, 4, absolute)
 
 
 WAYS = [(path, screen) for path in ("fused", "chunked") for screen in ("auto", "none", "fp16", "tf32")]
@@ -62,12 +67,13 @@ WAYS = [(path, screen) for path in ("fused", "chunked") for screen in ("auto", "
 @pytest.mark.parametrize(
     ("path", "screen"), [*WAYS, ("chunked", "bf16"), ("fused", "fp8"), *([("fused", "bf16")] if cuda else [])]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_precision(monkeypatch, triton_device, path, screen, dtype):
+@pytest.mark.parametrize(("dtype", "absolute"), [(torch.float32, False), (torch.float16, False), (torch.float32, True)])
+def test_every_precision(monkeypatch, triton_device, path, screen, dtype, absolute):
     monkeypatch.setenv("SPARSEKERN_TRITON_ENCODE", path)
     few_buckets(monkeypatch)
     x, weight, bias = (t.to(dtype) for t in CASES["zipf"](4, 200, 40))
-    check(*run(triton_device, x, weight, bias, 3, screen), x, weight, bias, 3)
+    x[1] *= -1  # its largest scores are those of low latents, with the other sign
+    check(*run(triton_device, x, weight, bias, 3, screen, absolute), x, weight, bias, 3, absolute)
 
 
 @pytest.mark.parametrize(("rows", "d", "n", "k"), [(1, 1, 1, 1), (3, 5, 17, 17), (2, 130, 33, 32), (1, 64, 1025, 1)])
@@ -87,45 +93,84 @@ def test_odd_shapes(monkeypatch, triton_device, path, rows, d, n, k):
     keep=st.sampled_from([1, 3]),
     path=st.sampled_from(["fused", "chunked"]),
     case=st.sampled_from(sorted(CASES)),
+    absolute=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(triton_device, rows, n, d, k, keep, path, case, seed):
+def test_any_shape(triton_device, rows, n, d, k, keep, path, case, absolute, seed):
     torch.manual_seed(seed)
     problem, k = CASES[case](rows, n, d), min(k, n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSEKERN_TRITON_ENCODE", path)
         few_buckets(patch, n_buckets=n if keep == 1 else -(-n // 3), keep=keep)
-        check(*run(triton_device, *problem, k), *problem, k)
+        check(*run(triton_device, *problem, k, absolute=absolute), *problem, k, absolute)
+
+
+@few
+@given(
+    rows=st.integers(1, 5),
+    n=st.integers(1, 200),
+    d=st.integers(1, 40),
+    k=st.integers(1, 8),
+    keep=st.sampled_from([1, 3]),
+    path=st.sampled_from(["fused", "chunked"]),
+    has_bias=st.booleans(),
+    negative=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_by_size_equal_to_the_reference(triton_device, rows, n, d, k, keep, path, has_bias, negative, seed):
+    """Whole numbers: scores are exact, and latents of one size and either sign tie everywhere."""
+    torch.manual_seed(seed)
+    x, weight = torch.randint(-2, 3, (rows, d)).float(), torch.randint(-2, 3, (n, d)).float()
+    bias, k = torch.randint(-3, 4, (n,)).float() if has_bias else None, min(k, n)
+    if negative:
+        x, weight = x.abs(), -weight.abs()
+    weight[n // 2 :] = -weight[: n - n // 2].flip(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEKERN_TRITON_ENCODE", path)
+        few_buckets(patch, n_buckets=n if keep == 1 else -(-n // 3), keep=keep)
+        values, indices = run(triton_device, x, weight, bias, k, absolute=True)
+    expected = reference.topk_encode(x, weight, bias, k, "none", absolute=True)
+    assert torch.equal(values, expected[0])
+    assert torch.equal(indices, expected[1])
 
 
 def test_strided_input(triton_device):
     x, weight = torch.randn(12, 20)[::2, 3:13], torch.randn(10, 50).T
-    values, indices = run(triton_device, x, weight, None, 4)
-    expected = reference.topk_encode(x.contiguous(), weight.contiguous(), None, 4, "none")
-    torch.testing.assert_close(values, expected[0])
-    assert torch.equal(indices, expected[1])
+    for absolute in (False, True):
+        values, indices = run(triton_device, x, weight, None, 4, absolute=absolute)
+        expected = reference.topk_encode(x.contiguous(), weight.contiguous(), None, 4, "none", absolute)
+        torch.testing.assert_close(values, expected[0])
+        assert torch.equal(indices, expected[1])
 
 
-def test_crowded_buckets_are_opened(monkeypatch, triton_device):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_crowded_buckets_are_opened(monkeypatch, triton_device, absolute):
     """All winners are members of one bucket, of which only three keys are kept."""
     few_buckets(monkeypatch)
     x, weight = torch.randn(3, 24), torch.randn(200, 24)
     weight[5::32] = 3 * x[1] + 0.1 * weight[5::32]
-    values, indices = run(triton_device, x, weight, None, 5)
-    check(values, indices, x, weight, None, 5)
+    if absolute:
+        weight[5::64] *= -1
+    values, indices = run(triton_device, x, weight, None, 5, absolute=absolute)
+    check(values, indices, x, weight, None, 5, absolute)
     assert (indices[1] % 32 == 5).all()
     stats = triton.last_encode()
     assert int(stats.repaired) == 0
     assert int(stats.rescored) >= 15 + len(weight[5::32]) - 5
 
 
-def test_tokens_with_too_many_candidates_are_repaired(monkeypatch, triton_device):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_tokens_with_too_many_candidates_are_repaired(monkeypatch, triton_device, absolute):
     few_buckets(monkeypatch)
     x, weight = torch.randn(5, 24), torch.randn(200, 24)
     x[1] = x[4] = 0  # all latents tie
-    values, indices = run(triton_device, x, weight, None, 5)
-    check(values, indices, x, weight, None, 5)
+    if absolute:  # also where they are not zero, with one sign or the other
+        x[4, 3], weight[:, 3] = 2, 1.0 - 2 * (torch.arange(200) % 3 == 0)
+    values, indices = run(triton_device, x, weight, None, 5, absolute=absolute)
+    check(values, indices, x, weight, None, 5, absolute)
     assert indices[1].tolist() == indices[4].tolist() == [0, 1, 2, 3, 4]
+    if absolute:
+        assert values[4].tolist() == [-2, 2, 2, -2, 2]
     stats = triton.last_encode()
     assert stats.rows == 5
     assert int(stats.repaired) == 2
@@ -168,14 +213,15 @@ def test_a_copy_is_used_while_it_is_current(monkeypatch, triton_device):
     assert encode_now() == ([3, 200], 0)
 
 
-def test_a_token_with_nan_harms_no_other(monkeypatch, triton_device):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_token_with_nan_harms_no_other(monkeypatch, triton_device, absolute):
     few_buckets(monkeypatch)
     x, weight, bias = CASES["random"](4, 200, 24)
     x[2, 3] = math.nan
-    values, indices = run(triton_device, x, weight, bias, 4)
+    values, indices = run(triton_device, x, weight, bias, 4, absolute=absolute)
     assert ((indices >= 0) & (indices < 200)).all()
     rest = [0, 1, 3]
-    check(values[rest], indices[rest], x[rest], weight, bias, 4)
+    check(values[rest], indices[rest], x[rest], weight, bias, 4, absolute)
 
 
 def test_latents_switched_off_by_their_bias_come_last(triton_device):
@@ -252,8 +298,8 @@ def test_what_it_does_not_screen_goes_to_the_reference(monkeypatch, triton_devic
     called = []
     monkeypatch.setattr(reference, "topk_encode", lambda *a: called.append(a) or (torch.zeros(1), torch.zeros(1)))
     monkeypatch.setattr(plans, "MOST_TOP", 2)
-    run(triton_device, torch.ones(1, 2), torch.ones(30, 2), None, 3)
-    assert called
+    run(triton_device, torch.ones(1, 2), torch.ones(30, 2), None, 3, absolute=True)
+    assert called[0][-1] is True
 
 
 # Variable numbers of latents

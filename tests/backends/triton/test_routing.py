@@ -252,6 +252,56 @@ def test_with_all_experts_it_is_the_plain_encoder(triton_device):
     assert_equal(run(triton_device, [x, weight, bias], routed, 7), [t.cpu() for t in plain])
 
 
+def every_group(tokens, groups):
+    """What GroupMax asks for: every expert of every token."""
+    experts = torch.arange(groups, dtype=torch.int32).expand(tokens, -1)
+    return [experts, *reference.group_slots(experts, groups)]
+
+
+@few
+@given(
+    tokens=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    latents=st.sampled_from([1, 2, 7, 33, 65]),
+    k=st.sampled_from([1, 1, 2, 4]),
+    chunked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_best_of_each_group(triton_device, tokens, groups, latents, k, chunked, seed):
+    torch.manual_seed(seed)
+    (x, weight, bias), _ = problem(tokens, 9, groups, 1, latents)  # token 0 is zero
+    x[tokens // 2], bias[: latents // 2] = -x[0].abs(), -math.inf
+    with pytest.MonkeyPatch.context() as patch:
+        if chunked:
+            patch.setattr(encode, "WORKSPACE_BYTES", 2**12)
+        check(triton_device, [x, weight, bias], every_group(tokens, groups), min(k, latents), per_expert=True)
+
+
+def test_a_group_whose_bucket_hides_candidates_or_whose_latents_all_tie(triton_device):
+    plan = plans.routed_plan(3, 2, 2, 24, 300, 1, torch.float32, "auto", (9, 0), has_copy=False, per_expert=True)
+    assert (plan.keep, plan.room) == (3, plans.FEW_ROOM)
+    assert plan.n_members > plan.keep
+    x, weight = whole(3, 24), whole(600, 24)
+    x[0] = 0
+    weight[307 : 307 + 5 * plan.n_buckets : plan.n_buckets] = 2 * x[1].sign()  # five of a bucket, in the second group
+    found = check(triton_device, [x, weight, None], every_group(3, 2), 1, per_expert=True)
+    assert found[1][1, 1] == 307
+    repaired, counts = encode._last[0][1], encode._last[0][0]
+    assert repaired.tolist()[:2] == [1, 1]
+    assert not repaired[3]
+    assert counts[3] >= plan.n_members
+
+
+def test_a_plan_for_groups_fits_into_the_workspace():
+    """At 8192 tokens of width 4096, 64 groups of 2048: the keys and candidates of a chunk, and few keys a latent."""
+    shape = (8192, 64, 64, 4096, 2048, 1, torch.float32, "auto", (9, 0))
+    plan = plans.routed_plan(*shape, has_copy=True, per_expert=True)
+    row_bytes = 64 * (4 * plan.n_buckets * plan.keep + 8 * plan.room)
+    assert encode.WORKSPACE_BYTES // row_bytes >= 2048  # tokens of a chunk: whole tiles of every group
+    assert plan.n_buckets * plan.keep * 5 < 2048
+    assert plan.tile.rows == 128
+
+
 def test_a_copy_is_used_while_it_is_current(monkeypatch, triton_device):
     few_buckets(monkeypatch)
     (x, weight, bias), routed = problem(3, 24, 2, 1, 100)
