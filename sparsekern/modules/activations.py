@@ -368,7 +368,8 @@ class ReLU(Penalized):
     Parameters
     ----------
     l1_coefficient : float
-        Weight of the penalty, a part ``sparsity`` of the loss.
+        Weight of the penalty, a part ``sparsity`` of the loss. On MiniLM, 4,096 latents, 0.1 and 0.15 come to an L0 of
+        48 and 31, and with ``p=0.5`` 0.02 to 32.
     p : float
         Its power. Below 1 its slope is unbounded at 0, so it is taken of ``s + 0.001`` less that of 0.001.
     warmup_tokens : int
@@ -390,7 +391,7 @@ class ReLU(Penalized):
 
     def __init__(
         self,
-        l1_coefficient: float = 0.02,
+        l1_coefficient: float = 0.1,
         p: float = 1.0,
         warmup_tokens: int = 0,
         start_l0: int = 128,
@@ -560,7 +561,7 @@ class Gated(Penalized):
     Parameters
     ----------
     l1_coefficient : float
-        Weight of the penalty.
+        Weight of the penalty. On MiniLM, 4,096 latents, 0.2 and 0.3 come to an L0 of 59 and 31.
     warmup_tokens : int
         Tokens of training over which it rises from 0.
     start_l0 : int
@@ -580,7 +581,7 @@ class Gated(Penalized):
     name = "gated"
 
     def __init__(
-        self, l1_coefficient: float = 0.02, warmup_tokens: int = 0, start_l0: int = 128, screen: str = "auto"
+        self, l1_coefficient: float = 0.2, warmup_tokens: int = 0, start_l0: int = 128, screen: str = "auto"
     ) -> None:
         super().__init__(warmup_tokens, start_l0, screen)
         check_coefficients(l1_coefficient=l1_coefficient)
