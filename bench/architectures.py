@@ -81,7 +81,7 @@ class ReLU(Sparsekern):
     Adam.
     """
 
-    sparsity = 0.02
+    sparsity = 0.15
 
     def make(self) -> sk.SAE:
         return self.with_activation(sk.ReLU())
@@ -107,7 +107,7 @@ class Lp(ReLU):
 class Gated(ReLU):
     """``Trainer.step`` on a ``GatedSAE``: FVU of the codes and of the gates, L1 of the gates; otherwise as for TopK."""
 
-    sparsity = 0.02
+    sparsity = 0.3
 
     def make(self) -> sk.SAE:
         return sk.GatedSAE(self.case.d, self.case.d_sae, aux_coefficient=0)
