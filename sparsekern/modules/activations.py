@@ -140,10 +140,9 @@ class TopK(Activation):
 
     def bind_(self, d_sae: int) -> None:
         """There must be at least `k` latents."""
-        if self.k > d_sae:
-            raise ValueError(f"k must be at most d_sae={d_sae}, got {self.k}")
-        if self.multi_k is not None and self.multi_k > d_sae:
-            raise ValueError(f"multi_k must be at most d_sae={d_sae}, got {self.multi_k}")
+        check_at_most(d_sae, k=self.k)
+        if self.multi_k is not None:
+            check_at_most(d_sae, multi_k=self.multi_k)
 
     def encode(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None
@@ -186,8 +185,7 @@ class AbsTopK(Activation):
 
     def bind_(self, d_sae: int) -> None:
         """There must be at least `k` latents."""
-        if self.k > d_sae:
-            raise ValueError(f"k must be at most d_sae={d_sae}, got {self.k}")
+        check_at_most(d_sae, k=self.k)
 
     def encode(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None
@@ -286,8 +284,7 @@ class BatchTopK(Activation):
 
     def bind_(self, d_sae: int) -> None:
         """There must be at least `k` latents."""
-        if self.k > d_sae:
-            raise ValueError(f"k must be at most d_sae={d_sae}, got {self.k}")
+        check_at_most(d_sae, k=self.k)
 
     def encode(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None
@@ -666,6 +663,13 @@ def check_screen(screen: str) -> None:
     """It is one that there is."""
     if screen not in SCREENS:
         raise ValueError(f"screen must be one of {', '.join(SCREENS)}, got {screen!r}")
+
+
+def check_at_most(d_sae: int, **numbers: float) -> None:
+    """There are so many latents."""
+    for name, number in numbers.items():
+        if number > d_sae:
+            raise ValueError(f"{name} must be at most d_sae={d_sae}, got {number}")
 
 
 def check_coefficients(**numbers: float) -> None:
