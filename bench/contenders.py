@@ -69,6 +69,8 @@ class Contender:
         Where the number of active latents varies: what :meth:`set_sparsity` may start from.
     aims : bool
         Whether that is a number of active latents, and no coefficient of a penalty.
+    settles : bool
+        Whether a comparison of quality begins with :meth:`settle`, as its own start is not left in a short run.
     module, optimizer
         What the step trains, and with what.
     """
@@ -79,6 +81,7 @@ class Contender:
     modes: tuple[str, ...] = ("eval",)
     sparsity: float | None = None
     aims = False
+    settles = False
     module: nn.Module
     optimizer: torch.optim.Optimizer
 

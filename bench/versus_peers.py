@@ -7,8 +7,8 @@
     python -m sparsekern.bench.versus_peers --table bench/results/versus_peers.json
 
 Every arm sees the same batches in the same order, for the same number of steps, at the same learning rates, in float32.
-Each starts from its library's own initialization, has the input at the scale that its library asks for, and takes its
-library's own kind of step, as the classes of :mod:`~sparsekern.bench.peers` and
+Each starts from its library's own initialization (but for those that ``settle``), has the input at the scale that its
+library asks for, and takes its library's own kind of step, as the classes of :mod:`~sparsekern.bench.peers` and
 :mod:`~sparsekern.bench.architectures` say. One function measures all through each library's own encoder and decoder.
 
 Where the number of active latents is not given but comes out of a penalty, an arm is trained with several weights of
@@ -134,6 +134,8 @@ def train(
     plan = Plan(settings.steps, settings.warmup_steps, settings.decay_share)
     contender = kind(case, settings.lr, plan=plan)
     scale = contender.input_scale(data.batch(0, 1)[0])
+    if contender.settles:
+        contender.settle(*contender.inputs(data.batch(0, contender.layers) * scale))
     run: dict[str, Any] = {"contender": name, "seed": seed, "sparsity": sparsity, "input_scale": scale}
     start = time.perf_counter()
     meter.expect(settings.steps)
@@ -154,7 +156,7 @@ def train(
 
 
 def next_sparsity(points: list[Point], start: float, target: float, aims: bool) -> float | None:
-    """The next weight of the penalty to try; None once the points enclose the target closely.
+    """The next weight of the penalty to try; None once the points enclose the target closely, or if it was tried.
 
     The number of active latents is taken to be a power of the weight between two points, its inverse near a single one.
     """
@@ -174,7 +176,8 @@ def next_sparsity(points: list[Point], start: float, target: float, aims: bool) 
         other = (above if from_below else below) or min(others, key=lambda p: abs(math.log(p.l0 / nearest.l0)))
         found = math.log(other.l0 / nearest.l0) / math.log(other.sparsity / nearest.sparsity)
         slope *= min(3.0, max(0.3, found / slope))
-    return nearest.sparsity * min(30.0, max(1 / 30, (aim / nearest.l0) ** (1 / slope)))
+    found = nearest.sparsity * min(30.0, max(1 / 30, (aim / nearest.l0) ** (1 / slope)))
+    return None if any(math.isclose(found, point.sparsity, rel_tol=1e-3) for point in points) else found
 
 
 def neighbours(points: list[Point], target: float) -> tuple[Point | None, Point | None]:
