@@ -84,7 +84,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -e ".[cli,models,analysis,report,dev]"
 	touch $@
 
-# dictionary-learning asks for torchvision and does not use it; a build that does not match torch breaks the peers.
+# dictionary-learning and overcomplete ask for torchvision, not needed here; a build that does not match torch breaks the peers.
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e ".[cli,models,analysis,report,bench]"

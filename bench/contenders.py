@@ -58,7 +58,7 @@ class Contender:
     Attributes
     ----------
     imports : tuple of str
-        Modules that it needs, loaded before its memory is measured.
+        Modules that it needs.
     distribution : str
         The package whose version it is.
     layers : int
@@ -69,8 +69,6 @@ class Contender:
         Where the number of active latents varies: what :meth:`set_sparsity` may start from.
     aims : bool
         Whether that is a number of active latents, and no coefficient of a penalty.
-    settles : bool
-        Whether a comparison of quality begins with :meth:`settle`, as its own start is not left in a short run.
     module, optimizer
         What the step trains, and with what.
     """
@@ -81,7 +79,6 @@ class Contender:
     modes: tuple[str, ...] = ("eval",)
     sparsity: float | None = None
     aims = False
-    settles = False
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -97,6 +94,12 @@ class Contender:
         self.plan = plan or Plan()
         with self.device:  # starting weights are drawn where they will be
             self.build()
+
+    @classmethod
+    def load(cls) -> None:
+        """Import what it needs, which is done before its memory is measured."""
+        for module in cls.imports:
+            importlib.import_module(module)
 
     def build(self) -> None:
         """Make ``module`` and ``optimizer``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import traceback
@@ -32,8 +31,7 @@ class Entrant:
 
     def __init__(self, name: str, case: Case, made: list[Tensor], clock: Clock) -> None:
         kind, device = ENTRIES[name].kind, clock.device
-        for module in kind.imports:
-            importlib.import_module(module)
+        kind.load()
         before = memory.resident(device)
         self.batches = made
         self.contender: Contender = kind(case, LR, device, torch.bfloat16)

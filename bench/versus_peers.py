@@ -7,7 +7,7 @@
     python -m sparsekern.bench.versus_peers --table bench/results/versus_peers.json
 
 Every arm sees the same batches in the same order, for the same number of steps, at the same learning rates, in float32.
-Each starts from its library's own initialization (but for those that ``settle``), has the input at the scale that its
+Each starts from its library's own initialization, has the input at the scale that its
 library asks for, and takes its library's own kind of step, as the classes of :mod:`~sparsekern.bench.peers` and
 :mod:`~sparsekern.bench.architectures` say. One function measures all through each library's own encoder and decoder.
 
@@ -134,8 +134,6 @@ def train(
     plan = Plan(settings.steps, settings.warmup_steps, settings.decay_share)
     contender = kind(case, settings.lr, plan=plan)
     scale = contender.input_scale(data.batch(0, 1)[0])
-    if contender.settles:
-        contender.settle(*contender.inputs(data.batch(0, contender.layers) * scale))
     run: dict[str, Any] = {"contender": name, "seed": seed, "sparsity": sparsity, "input_scale": scale}
     start = time.perf_counter()
     meter.expect(settings.steps)

@@ -15,7 +15,6 @@ The answer is ``{"ok": …}`` or ``{"error": traceback}``.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -45,8 +44,7 @@ class Session:
         self.loss = torch.tensor(float("nan"))
         self.what = request["what"]
         kind = Sparsekern if self.what == "kernels" else ENTRIES[self.what].kind
-        for module in kind.imports:
-            importlib.import_module(module)
+        kind.load()
         rehearse(kind)
         before = memory.resident()
         self.contender: Contender = kind(self.case, request["lr"])
