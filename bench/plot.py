@@ -38,7 +38,7 @@ def plot_steps(record: dict[str, Any], path: Path) -> bool:
             axes.annotate(f"{value:.2f}", end, (4, 0), textcoords="offset points", va="center", fontsize=8)
         for line, style in ((1.0, "-"), (0.5, "--")):
             axes.axvline(line, color="C3", lw=1, ls=style)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(heading(case), fontsize=9, loc="left")
     medians = [measured["ratio"]["median"] for case in cases for measured in case["steps"].values()]

@@ -28,7 +28,7 @@ def tables(record: Record) -> list[Grid]:
     """Everything that a record has to show."""
     return [
         grid
-        for make in (summary, steps, against, active, routing, memory, kernels, exactness)
+        for make in (summary, architectures, steps, against, active, routing, memory, kernels, exactness)
         if (grid := make(record)).rows
     ]
 
@@ -64,6 +64,23 @@ def summary(record: Record) -> Grid:
     rows = [[name, *[cell(figure, case) for case in record["cases"]]] for name, figure in lines.items()]
     rows = [row for row in rows if set(row[1:]) != {"–"}]
     return Grid("in short, medians", ["", *map(heading, record["cases"])], rows)
+
+
+def architectures(record: Record) -> Grid:
+    """Each architecture beside the fastest of its peers."""
+    rows = []
+    for case in record["cases"]:
+        measured = case.get("steps") or {}
+        for name in ARCHITECTURES:
+            peers = [peer for peer in measured if peer.startswith(f"{name}-") and "over_sparsekern" in measured[peer]]
+            if name not in measured or not peers:
+                continue
+            fastest = min(peers, key=lambda peer: measured[peer]["over_sparsekern"]["median"])
+            over = bold(spread(measured[fastest]["over_sparsekern"]), wins(fastest, measured[fastest]))
+            ours, theirs = (_multiple(measured[which]) for which in (name, fastest))
+            rows.append([name, spread(measured[name]["ratio"]), fastest.removeprefix(f"{name}-"), over, ours, theirs])
+    header = ["", "step ÷ matmul", "fastest peer", "its step ÷ sparsekern's", "memory, sparsekern", "the peer"]
+    return Grid("architectures; memory is peak ÷ parameters and optimizer state", header, rows)
 
 
 def steps(record: Record) -> Grid:
@@ -125,11 +142,17 @@ def memory(record: Record) -> Grid:
     """Highest memory of a step as a multiple of what must be kept, and how much that is beyond it."""
 
     def cell(name: str, measured: Any) -> str:
-        kept, beyond = measured["parameters_and_optimizer_bytes"], measured["beyond_bytes"]
-        return "–" if beyond is None else f"{(kept + beyond) / kept:.2f} (+{beyond / 2**20:,.0f} MiB)"
+        beyond = measured["beyond_bytes"]
+        return "–" if beyond is None else f"{_multiple(measured)} (+{beyond / 2**20:,.0f} MiB)"
 
     title = "peak memory of a step ÷ parameters and optimizer state (gradients count as beyond)"
     return by_case(record, "steps", title, cell)
+
+
+def _multiple(measured: Any) -> str:
+    """Highest memory of a step as a multiple of parameters and optimizer."""
+    kept, beyond = measured["parameters_and_optimizer_bytes"], measured["beyond_bytes"]
+    return "–" if beyond is None else f"{(kept + beyond) / kept:.2f}"
 
 
 def kernels(record: Record) -> Grid:

@@ -160,6 +160,10 @@ def test_the_table_tells_active_latents_and_whose_step_is_ours():
     record = {"cases": [{"data": "zipf", "shape": {"B": 8, "d": 4, "d_sae": 16, "k": 2}, "steps": steps, "failed": {}}]}
     assert table.active(record).rows == [["relu", "32.0 → 31.0"], ["relu-saelens", "32.0 → 32.0"]]
     assert table.against(record).rows == [["relu-saelens", "**0.50 (1.00–1.00)**"]]
+    row = ["relu", "1.00 (1.00–1.00)", "saelens", "**0.50 (1.00–1.00)**", "1.00", "1.00"]
+    assert table.architectures(record).rows == [row]
+    steps["relu-dictionary-learning"] = {**facts, "over_sparsekern": {**flat, "median": 0.4}}
+    assert table.architectures(record).rows[0][2] == "dictionary-learning"
     assert table.is_own("relu")
     assert not table.is_own("relu-saelens")
 
