@@ -52,6 +52,23 @@ class Result:
         """
         return {null: self._p(samples) for null, samples in self.nulls.items()}
 
+    @property
+    def p(self) -> float:
+        """The largest of :meth:`p_values`: a value has to stand out against every null. NaN without any."""
+        return self._hardest()[1]
+
+    @property
+    def null(self) -> Tensor:
+        """Samples of the null against which the value stands out least; none without any."""
+        return self._hardest()[0]
+
+    def _hardest(self) -> tuple[Tensor, float]:
+        p_values = {name: p for name, p in self.p_values().items() if p == p}
+        if not p_values:
+            return torch.empty(0, dtype=torch.float64), float("nan")
+        name = max(p_values, key=lambda null: p_values[null])
+        return self.nulls[name], p_values[name]
+
     def _p(self, samples: Tensor) -> float:
         if self.value != self.value or len(samples) == 0:
             return float("nan")

@@ -30,6 +30,15 @@ def test_p_is_uniform_under_the_null():
         assert float((p <= level + 1e-9).double().mean()) == pytest.approx(level, abs=0.04)
 
 
+def test_the_null_hardest_to_beat_counts():
+    result = Result("r", 5.0, {"low": samples(range(4)), "high": samples(range(9)), "none": samples([])})
+    assert result.p == 0.5
+    assert torch.equal(result.null, samples(range(9)))
+    bare = Result("r", 5.0, {})
+    assert math.isnan(bare.p)
+    assert len(bare.null) == 0
+
+
 def test_an_undefined_value_has_no_p_and_still_prints():
     result = Result("r", float("nan"), {"n": samples([])})
     assert math.isnan(result.p_values()["n"])
