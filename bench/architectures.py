@@ -6,8 +6,6 @@ and the peers that have it in :data:`sparsekern.bench.peers.PEERS`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,7 +71,7 @@ class JumpReLU(Sparsekern):
     def settle(self, x: Tensor) -> None:
         sae = self.sae
         threshold = largest((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc, self.case.k)
-        sae.activation.log_threshold.fill_(math.log(threshold))
+        sae.activation.relative_threshold.fill_(threshold / sae.activation.length)
 
 
 class ReLU(Sparsekern):

@@ -429,7 +429,7 @@ class JumpReLU(Penalized):
     Parameters
     ----------
     l0_coefficient : float or None
-        Weight of the penalty. By default 0.001, and 0.1 with a target.
+        Weight of the penalty. By default 0.001, and 1 with a target.
     target_l0 : float or None
         Active latents a token to train for.
     bandwidth : float
@@ -442,14 +442,16 @@ class JumpReLU(Penalized):
     warmup_tokens : int
         Tokens of training over which both weights rise from 0.
     start_l0 : int or None
-        ``SAE.fit_start_`` puts the thresholds where so many latents a token are active; by default 64, or the target.
+        ``SAE.fit_start_`` puts the thresholds where so many latents a token are active; by default 128, or four times
+        the target.
     screen : str
         See :func:`sparsekern.threshold_encode`.
 
     Attributes
     ----------
-    log_threshold : Parameter [d_sae] float32
-        Logarithms of the thresholds; in float32 whatever the module is cast to.
+    relative_threshold : Parameter [d_sae] float32
+        Thresholds in units of the data's length, its sign without meaning; in float32 whatever the module is cast to.
+        Published code trains logarithms: Adam then needs 700 steps at a rate of 0.001 to double a threshold.
 
     References
     ----------
@@ -460,7 +462,7 @@ class JumpReLU(Penalized):
     """
 
     name = "jumprelu"
-    exact = ("log_threshold", "length")
+    exact = ("relative_threshold", "length")
     length: Tensor
 
     def __init__(
@@ -476,9 +478,9 @@ class JumpReLU(Penalized):
         if target_l0 is not None and not target_l0 > 0:
             raise ValueError(f"target_l0 must be above 0, got {target_l0}")
         if l0_coefficient is None:
-            l0_coefficient = 1e-3 if target_l0 is None else 0.1
+            l0_coefficient = 1e-3 if target_l0 is None else 1.0
         if start_l0 is None:
-            start_l0 = 64 if target_l0 is None else math.ceil(target_l0)
+            start_l0 = 128 if target_l0 is None else math.ceil(4 * target_l0)
         super().__init__(warmup_tokens, start_l0, screen)
         check_coefficients(l0_coefficient=l0_coefficient, pre_act_coefficient=pre_act_coefficient)
         if not bandwidth > 0:
@@ -486,16 +488,16 @@ class JumpReLU(Penalized):
         self.l0_coefficient, self.target_l0, self.bandwidth = l0_coefficient, target_l0, bandwidth
         self.pre_act_coefficient = pre_act_coefficient
         self.register_buffer("length", torch.ones(()))  # of the data, once it is known
-        self.log_threshold = nn.Parameter(torch.empty(0))
+        self.relative_threshold = nn.Parameter(torch.empty(0))
 
     def bind_(self, d_sae: int) -> None:
         """Make the thresholds."""
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(1e-3)))
+        self.relative_threshold = nn.Parameter(torch.full((d_sae,), 1e-3))
 
     @property
     def threshold(self) -> Tensor:
         """The thresholds, ``[d_sae]``."""
-        return self.log_threshold.exp()
+        return self.length * self.relative_threshold.abs()
 
     def encode(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, center: Tensor | None = None
@@ -541,11 +543,11 @@ class JumpReLU(Penalized):
             self.length.copy_(batch.length)
         cut = self.start_cut(sae, batch.x)
         if cut > 0:
-            self.log_threshold.fill_(cut.log())
+            self.relative_threshold.fill_(cut / self.length)
 
     def rescale_(self, factor: Tensor) -> None:
         """Scales the thresholds."""
-        self.log_threshold.add_(factor.log())
+        self.relative_threshold.mul_(factor)
 
 
 class Gated(Penalized):

@@ -4,7 +4,6 @@
 activation that it allows, for what each must compute.
 """
 
-import math
 from typing import NamedTuple
 
 import pytest
@@ -141,7 +140,7 @@ class Kind(NamedTuple):
         for act in self.activations_of(sae):
             if act.name == "jumprelu":
                 act.length.fill_(1.5)
-                act.log_threshold.uniform_(math.log(0.1), math.log(1.5))
+                act.relative_threshold.uniform_(-1.0, 1.0)
             if hasattr(act, "tokens_seen"):
                 act.tokens_seen.fill_(50)
         return sae

@@ -76,9 +76,9 @@ def test_thresholds_of_jumprelu_train_by_less_than_bfloat16_resolves():
     sae = make(sk.JumpReLU(start_l0=4, l0_coefficient=1.0), dtype=torch.bfloat16)
     trainer = sk.Trainer(sae, lr=1e-5, warmup_steps=0)
     trainer.step(torch.randn(60, 8).bfloat16())
-    before = sae.activation.log_threshold.detach().clone()
+    before = sae.activation.relative_threshold.detach().clone()
     trainer.step(torch.randn(60, 8).bfloat16())
-    moved = (sae.activation.log_threshold - before).abs()
+    moved = (sae.activation.relative_threshold - before).abs()
     assert 0 < moved.max() < 3e-5
 
 

@@ -33,7 +33,7 @@ def with_slope(value, parameter, slope):
 
 def jump(act, pre):
     """JumpReLU's thresholds, the width of its window, where pre-activations pass and where they lie in the window."""
-    threshold, width = act.log_threshold.exp().to(pre.dtype), float(act.bandwidth * act.length)
+    threshold, width = act.threshold.to(pre.dtype), float(act.bandwidth * act.length)
     passed, near = pre > threshold, (pre - threshold).abs() < width / 2
     return threshold, width, passed.to(pre.dtype), near.to(pre.dtype)
 

@@ -73,7 +73,7 @@ def test_a_configuration_builds_the_module_again(kind, tmp_path):
                 assert mine.dtype == theirs.dtype, name
             assert torch.equal(other.train(training).loss(x, target).total, expected)
     names = {name.rsplit(".", 1)[-1] for name in sae.state_dict()}
-    own = {"W_skip", "batches_seen", "tokens_seen", "threshold", "length", "log_threshold", "r_mag", "b_mag"}
+    own = {"W_skip", "batches_seen", "tokens_seen", "threshold", "length", "relative_threshold", "r_mag", "b_mag"}
     assert names - own == {"W_enc", "b_enc", "W_dec", "b_dec", "tokens_since_fired"}
     assert ("W_skip" in names) == (kind.module == "skip-transcoder")
 
@@ -97,7 +97,7 @@ def test_parameters_have_the_dtype_asked_for_and_exact_ones_their_own(kind, dtyp
     assert all(part.dtype == (dtype if dtype == torch.float64 else torch.float32) for part in out.parts.values())
 
 
-EXACT = {"threshold": torch.float64, "log_threshold": torch.float32, "length": torch.float32}
+EXACT = {"threshold": torch.float64, "relative_threshold": torch.float32, "length": torch.float32}
 
 
 def test_a_module_in_half_precision_trains_as_one_in_float32(kind):
