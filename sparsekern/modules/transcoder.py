@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.codes import CSRCodes
-from sparsekern.modules.activations import Activation, Codes
+from sparsekern.modules.activations import Activation, Codes, Penalized
 from sparsekern.modules.initialization import unit_rows
 from sparsekern.modules.sae import SAE, at_least_tiny, check_counts
 from sparsekern.ops._csr_products import csr_scatter_outer
@@ -32,6 +32,9 @@ class Transcoder(SAE):
         Width of what is written; that of `x` by default.
     skip : bool
         Whether there is an affine path around the latents.
+    unit_decoder : bool or None
+        Whether decoder rows have unit norm. By default they do only where the activation is kept sparse by a penalty,
+        as in an :class:`SAE`; free rows of other activations start at zero.
     **options
         Those of :class:`SAE` but ``tied`` and ``pre_bias``.
 
@@ -58,6 +61,7 @@ class Transcoder(SAE):
         *,
         d_out: int | None = None,
         skip: bool = False,
+        unit_decoder: bool | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
@@ -66,7 +70,11 @@ class Transcoder(SAE):
                 raise ValueError(f"{name} must be False: encoder and decoder of a transcoder live in two spaces")
         d_out = d_in if d_out is None else d_out
         check_counts(d_out=d_out)
-        super().__init__(d_in, d_sae, activation, pre_bias=False, generator=generator, **options)
+        if unit_decoder is None and not isinstance(activation, Penalized):
+            unit_decoder = False
+        super().__init__(
+            d_in, d_sae, activation, unit_decoder=unit_decoder, pre_bias=False, generator=generator, **options
+        )
         self.d_out, self.skip = d_out, skip
         rows = unit_rows(d_sae, self.d_out, generator).to(self.W_enc)
         self.W_dec, self.b_dec = nn.Parameter(rows), nn.Parameter(rows.new_zeros(self.d_out))
@@ -93,7 +101,8 @@ class Transcoder(SAE):
 
         Without `skip`, decoder rows start at what the regression makes of their encoder rows: a latent that sees a
         direction writes what comes of that direction. With it, ``W_skip`` starts at the regression, and decoder rows at
-        what that leaves over where their latents fire. A row of which this tells nothing stays where it was.
+        what that leaves over where their latents fire. A row of which this tells nothing stays where it was. The scale
+        of the encoder is fitted with these rows; if nothing ties or charges their norms, they then go to zero.
         """
         batch = self._start_batch(x, target)
         middle = batch.x.mean(0)
@@ -114,6 +123,8 @@ class Transcoder(SAE):
         norms = rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(torch.where(norms > 0, rows / norms, self.W_dec))
         self._fit_scale_(batch)
+        if not self.unit_decoder and not isinstance(self.activation, Penalized):
+            self.W_dec.zero_()  # rows that begin wrong cost more steps than rows that begin with nothing
 
     def config(self) -> dict[str, Any]:
         """Arguments that rebuild this module, without its weights."""

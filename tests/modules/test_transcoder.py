@@ -31,7 +31,7 @@ def test_the_ridge_regression_is_the_written_out_one():
 
 def test_decoder_rows_start_at_what_is_linear_of_their_encoder_rows():
     x, y = batch()
-    sae = make(d_out=5)
+    sae = make(d_out=5, unit_decoder=True)
     sae.fit_start_(x, "mean", y)
     linear = ridge(x - x.mean(0), y - y.mean(0))
     torch.testing.assert_close(sae.W_dec.data, torch.nn.functional.normalize(sae.W_enc @ linear.T, dim=1).detach())
@@ -41,7 +41,7 @@ def test_decoder_rows_start_at_what_is_linear_of_their_encoder_rows():
 
 def test_with_a_skip_the_start_is_better_than_the_regression_alone():
     x, y = batch()
-    sae = make(d_out=5, skip=True)
+    sae = make(d_out=5, skip=True, unit_decoder=True)
     sae.fit_start_(x, "mean", y)
     torch.testing.assert_close(sae.W_skip.data, ridge(x - x.mean(0), y - y.mean(0)))
     rest = y - x @ sae.W_skip.T
@@ -51,10 +51,25 @@ def test_with_a_skip_the_start_is_better_than_the_regression_alone():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_free_rows_start_at_zero_unless_their_norms_are_charged(skip):
+    x, y = batch()
+    free, unit = (make(d_out=5, skip=skip, **options) for options in ({}, {"unit_decoder": True}))
+    for sae in (free, unit):
+        sae.fit_start_(x, "mean", y)
+    assert not free.W_dec.any()
+    torch.testing.assert_close(free.W_enc, unit.W_enc)  # its scale was fitted before
+    charged = sk.Transcoder(8, 64, sk.ReLU(), d_out=5, skip=skip)
+    charged.fit_start_(x, "mean", y)
+    assert not charged.unit_decoder
+    assert charged.W_dec.norm(dim=1).min() > 0.9
+    assert sk.Transcoder(8, 64, sk.JumpReLU(), d_out=5).unit_decoder
+
+
 def test_a_constant_target_leaves_the_decoder_where_it_was():
     x, _ = batch()
     for skip in (False, True):
-        sae, target = make(d_out=5, skip=skip), torch.full((300, 5), 2.0)
+        sae, target = make(d_out=5, skip=skip, unit_decoder=True), torch.full((300, 5), 2.0)
         sae.fit_start_(x, "mean", target)
         assert torch.equal(sae.W_dec, make(d_out=5, skip=skip).W_dec)
         torch.testing.assert_close(sae.b_dec.data, target[0])

@@ -237,13 +237,14 @@ def test_ctrl_c_in_a_real_process(tmp_path, interruptible):
 def test_a_transcoder_learns_a_target(data, tmp_path):
     target = data @ torch.randn(8, 5)
     make_one = lambda: sk.Transcoder(8, 32, sk.TopK(3), d_out=5, generator=torch.Generator().manual_seed(0))  # noqa: E731
-    result = sk.train(make_one(), data, target=target, output=tmp_path / "run", progress=False, **OPTIONS)
+    options = {**OPTIONS, "lr": 0.03}
+    result = sk.train(make_one(), data, target=target, output=tmp_path / "run", progress=False, **options)
     assert result.evaluation.fvu < 0.5
     assert result.summary["pca_fvu"] is None, "what PCA does to the activations says nothing of the target"
     x, wanted = data[-30:], target[-30:]
     error = (result.sae(x) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert result.evaluation.fvu == pytest.approx(error.item(), rel=1e-4)
-    again = sk.train(make_one(), data, target=target, output=tmp_path / "run", resume=True, progress=False, **OPTIONS)
+    again = sk.train(make_one(), data, target=target, output=tmp_path / "run", resume=True, progress=False, **options)
     assert again.evaluation.fvu == result.evaluation.fvu
 
 
