@@ -69,6 +69,8 @@ class Contender:
         Where the number of active latents varies: what :meth:`set_sparsity` may start from.
     aims : bool
         Whether that is a number of active latents, and no coefficient of a penalty.
+    ramps : bool
+        Whether a comparison of quality raises the penalty from 0, for a start at which half of all latents are active.
     module, optimizer
         What the step trains, and with what.
     """
@@ -79,6 +81,7 @@ class Contender:
     modes: tuple[str, ...] = ("eval",)
     sparsity: float | None = None
     aims = False
+    ramps = True
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -150,6 +153,7 @@ class Sparsekern(Contender):
     """``sparsekern.Trainer.step``: FVU, projected gradient, clip 1.0, fused Adam, unit-norm decoder."""
 
     distribution = "sparsekern"
+    ramps = False  # it starts where few latents are active
 
     def build(self) -> None:
         self.module = self.sae = self.make()

@@ -12,7 +12,8 @@ library asks for, and takes its library's own kind of step, as the classes of :m
 :mod:`~sparsekern.bench.architectures` say. One function measures all through each library's own encoder and decoder.
 
 Where the number of active latents is not given but comes out of a penalty, an arm is trained with several weights of
-the penalty, until two of them enclose the wanted number; log FVU is interpolated between them in log L0.
+the penalty, until two of them enclose the wanted number; log FVU is interpolated between them in log L0. Peers' weights
+rise from 0 over the first steps; ours, which begins with few latents active, has its weight from the first.
 
 The record is written after every run; a run that it holds already is not done again. ``docs/quality.md`` tells what
 came out. Needs ``pip install 'sparsekern[bench]'``. Says nothing about speed.
@@ -139,8 +140,9 @@ def train(
     meter.expect(settings.steps)
     for step in range(settings.steps):
         if sparsity is not None:
-            ramp = 1.0 if contender.aims else min(1.0, (step + 1) / (settings.sparsity_warmup_steps + 1))
-            contender.set_sparsity(sparsity * ramp)
+            ramp = (step + 1) / (settings.sparsity_warmup_steps + 1)
+            ramps = contender.ramps and not contender.aims
+            contender.set_sparsity(sparsity * (min(1.0, ramp) if ramps else 1.0))
         contender.step(*contender.inputs(data.batch(step, contender.layers) * scale))
         meter.add(1, f"{name}, seed {seed}" + (f", sparsity {sparsity:.3g}" if sparsity else ""))
         if time.perf_counter() - start > 60 * minutes:
@@ -300,7 +302,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, help="by default a twentieth of the run")
     parser.add_argument("--decay-share", type=float, default=0.2, help="final share of the run that decays to 0")
-    parser.add_argument("--sparsity-warmup-steps", type=int, help="of coefficients; by default a fifth of the run")
+    parser.add_argument("--sparsity-warmup-steps", type=int, help="of peers' coefficients; by default a fifth of the run")
     parser.add_argument("--held-out", type=float, default=0.05, help="share of the contexts")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens measured, at most")
     parser.add_argument("--minutes", type=float, default=30, help="that a run may take")
