@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, help="by default a twentieth of the run")
     parser.add_argument("--decay-share", type=float, default=0.2, help="final share of the run that decays to 0")
-    parser.add_argument("--sparsity-warmup-steps", type=int, help="of peers' coefficients; by default a fifth of the run")
+    parser.add_argument("--sparsity-warmup-steps", type=int, help="of peers' weights; by default a fifth of the run")
     parser.add_argument("--held-out", type=float, default=0.05, help="share of the contexts")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens measured, at most")
     parser.add_argument("--minutes", type=float, default=30, help="that a run may take")
