@@ -371,8 +371,9 @@ class ReLU(Penalized):
         Its power. Below 1 its slope is unbounded at 0, so it is taken of ``s + 0.001`` less that of 0.001.
     warmup_tokens : int
         Tokens of training over which the weight rises from 0.
-    start_l0 : int
-        ``SAE.fit_start_`` puts the biases where so many latents a token are active, instead of half of them.
+    start_l0 : int or None
+        ``SAE.fit_start_`` puts the biases where so many latents a token are active, instead of half of them. By default
+        128, and 256 where `p` is below 1.
     screen : str
         See :func:`sparsekern.threshold_encode`.
 
@@ -391,9 +392,11 @@ class ReLU(Penalized):
         l1_coefficient: float = 0.1,
         p: float = 1.0,
         warmup_tokens: int = 0,
-        start_l0: int = 128,
+        start_l0: int | None = None,
         screen: str = "auto",
     ) -> None:
+        if start_l0 is None:
+            start_l0 = 128 if p == 1 else 256
         super().__init__(warmup_tokens, start_l0, screen)
         check_coefficients(l1_coefficient=l1_coefficient)
         if not 0 < p <= 1:
