@@ -64,6 +64,10 @@ class Architecture:
         sae = self.build()
         x, *target = self.batch(64, seed=100)
         sae.fit_start_(x, target=target[0] if target else None)
+        with torch.no_grad():
+            for weight in sae.latent_weights():  # a transcoder's start at zero
+                if not weight.any():
+                    weight.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
         for seed in (101, 102):
             sae.loss(*self.batch(seed=seed))
         sae.dead_after = 100
