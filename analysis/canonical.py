@@ -402,7 +402,8 @@ def _numbers(pairing: _Pairing, n2: int) -> dict[str, float]:
 def _partners(unit1: Tensor, unit2: Tensor, method: str) -> Tensor:
     """For each of the unit rows ``[n1, d]`` its partner among ``[n2, d]``, −1 for none: ``[n1]`` int64."""
     if method == "hungarian":
-        rows, columns = linear_sum_assignment((unit1 @ unit2.T).cpu().numpy(), maximize=True)
+        cost = (unit1 @ unit2.T).neg_().cpu().double().numpy()  # as it is computed: no further copy is made
+        rows, columns = linear_sum_assignment(cost)
         return torch.full((len(unit1),), -1).index_copy_(0, torch.from_numpy(rows), torch.from_numpy(columns))
     if method == "sparse":
         return _sparse_partners(*_nearest(unit1, unit2, min(_CANDIDATES, len(unit2))), len(unit2))
