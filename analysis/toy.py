@@ -339,7 +339,7 @@ class ZipfFeatures:
     features : Tensor [features, d]
         True directions, of unit norm, most frequent first.
     true_l0 : float
-        Mean number of active features: 5.29 with the defaults.
+        Mean number of active features: 5.44 with the defaults.
     """
 
     def __init__(

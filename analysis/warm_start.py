@@ -207,7 +207,7 @@ def seeds(
     width: int = 256,
     toy: Toy | None = None,
     k: int = 6,
-    steps: int = 1000,
+    steps: int = 500,
     lr: float = 3e-3,
     batch_size: int = 256,
     n_null: int = 10,
