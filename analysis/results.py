@@ -197,6 +197,15 @@ def samples(numbers: Iterable[float]) -> Tensor:
     return torch.tensor(list(numbers), dtype=torch.float64)
 
 
+def null_generator(seed: int) -> torch.Generator:
+    """A generator for nulls, whose numbers are not those of ``manual_seed(seed)``.
+
+    Those may have made what is measured: an SAE's first weights are random rows of a seed, and the same seed's random
+    dictionary would be the SAE itself.
+    """
+    return torch.Generator().manual_seed((seed + 1) * 0x9E3779B97F4A7C15 % 2**63)
+
+
 def _number(value: float) -> str:
     return "–" if value != value else f"{value:.3g}"
 

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, one_hot
 
 import sparsekern as sk
 from sparsekern.analysis.results import Result, samples
+from sparsekern.data.synthetic import zipf_draws
 from sparsekern.modules import Activation
 
 try:
@@ -313,6 +314,59 @@ class CopulaFeatures:
         normal = torch.randn(n, len(self.density), generator=generator, dtype=torch.float64) @ self._root.T
         activations = _with_magnitudes(normal > self._least, *self._magnitudes, generator)
         return activations, activations @ self.features
+
+
+class ZipfFeatures:
+    """More features than dimensions, few of them frequent and many rare: random directions with Zipf's frequencies.
+
+    Parameters
+    ----------
+    features : int
+        How many.
+    d : int
+        Width of the activations.
+    active : int
+        Draws of a feature for each token, with replacement, with strengths uniform in 0.5 … 1.5; repeats add up.
+    exponent : float
+        The r-th feature is drawn in proportion to ``r ** -exponent``.
+    noise : float
+        Standard deviation of each coordinate's noise.
+    generator : torch.Generator or None
+        For the directions.
+
+    Attributes
+    ----------
+    features : Tensor [features, d]
+        True directions, of unit norm, most frequent first.
+    true_l0 : float
+        Mean number of active features: 5.44 with the defaults.
+    """
+
+    def __init__(
+        self,
+        features: int = 256,
+        d: int = 64,
+        active: int = 6,
+        exponent: float = 1.0,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        for name, number in (("features", features), ("d", d), ("active", active)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not exponent >= 0 or not noise >= 0:
+            raise ValueError(f"exponent and noise must not be negative, got {exponent} and {noise}")
+        self.d, self.active, self.exponent, self.noise = d, active, exponent, noise
+        self.features = normalize(torch.randn(features, d, generator=generator), dim=1)
+        weight = torch.arange(1, features + 1, dtype=torch.float64) ** -exponent
+        self.true_l0 = float((1 - (1 - weight / weight.sum()) ** active).sum())
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """`n` tokens: ``(activations [n, features], x [n, d])``."""
+        chosen = zipf_draws(n * self.active, len(self.features), self.exponent, generator).view(n, self.active)
+        strength = 0.5 + torch.rand(n, self.active, generator=generator)
+        activations = torch.zeros(n, len(self.features)).scatter_add_(1, chosen, strength)
+        return activations, activations @ self.features + self.noise * torch.randn(n, self.d, generator=generator)
 
 
 def _with_magnitudes(active: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator | None) -> Tensor:

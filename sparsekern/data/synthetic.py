@@ -71,7 +71,7 @@ def zipf_activations(
     return x
 
 
-def zipf_draws(draws: int, features: int, exponent: float, generator: torch.Generator) -> Tensor:
+def zipf_draws(draws: int, features: int, exponent: float, generator: torch.Generator | None) -> Tensor:
     """``[draws]`` int64 numbers below `features`, r with a probability in proportion to ``(r + 1) ** -exponent``."""
     weight = torch.arange(1, features + 1, dtype=torch.float64) ** -exponent
     edges = weight.cumsum(0) / weight.sum()

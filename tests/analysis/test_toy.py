@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import sparsekern as sk
 from sparsekern.analysis import toy
-from sparsekern.analysis.toy import CopulaFeatures, Node, SubspaceClusters, TreeFeatures
+from sparsekern.analysis.toy import CopulaFeatures, Node, SubspaceClusters, TreeFeatures, ZipfFeatures
 
 SEEDS = range(5)
 
@@ -184,6 +184,29 @@ def test_a_correlation_that_nothing_can_have_is_clipped():
     torch.testing.assert_close(possible.correlation, between(0.5).double())
 
 
+# Zipf
+
+
+def test_zipf_features_are_as_frequent_as_promised():
+    zipf = ZipfFeatures(generator=generator())
+    activations, x = zipf.sample(40_000, generator(1))
+    torch.testing.assert_close(x, activations @ zipf.features)
+    torch.testing.assert_close(zipf.features.norm(dim=1), torch.ones(256))
+    weight = 1 / torch.arange(1, 257, dtype=torch.float64)
+    wanted = 1 - (1 - weight / weight.sum()) ** 6
+    active = activations > 0
+    error = (wanted * (1 - wanted) / 40_000).sqrt()
+    assert ((active.double().mean(0) - wanted).abs() < 5 * error).all()
+    assert zipf.true_l0 == pytest.approx(float(wanted.sum()))
+    assert float(active.sum(1).double().mean()) == pytest.approx(zipf.true_l0, abs=0.02)
+    assert float(activations[active].min()) >= 0.5
+    assert int(active.sum(1).max()) == 6
+    even = ZipfFeatures(features=8, d=4, active=1, exponent=0.0, noise=0.1, generator=generator())
+    activations, x = even.sample(8000, generator(1))
+    assert ((activations > 0).double().mean(0) - 1 / 8).abs().max() < 0.02
+    assert float((x - activations @ even.features).std()) == pytest.approx(0.1, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -200,6 +223,10 @@ def test_a_correlation_that_nothing_can_have_is_clipped():
         (lambda: CopulaFeatures(torch.tensor([0.5] * 2), torch.ones(2, 2).tril()), "correlation must be symmetric"),
         (lambda: CopulaFeatures(torch.tensor([0.5] * 2), 2 * torch.eye(2)), "with 1 on the diagonal"),
         (lambda: CopulaFeatures(torch.full((9,), 0.5), torch.eye(9), d=8), "d must be at least"),
+        (lambda: ZipfFeatures(features=0), "features must be at least 1, got 0"),
+        (lambda: ZipfFeatures(d=0), "d must be at least 1, got 0"),
+        (lambda: ZipfFeatures(active=0), "active must be at least 1, got 0"),
+        (lambda: ZipfFeatures(exponent=-1.0), "exponent and noise must not be negative, got -1.0 and 0.0"),
         (lambda: toy.absorption(steps=1, start="truth"), "start must be features or random, got 'truth'"),
     ],
 )
