@@ -28,10 +28,9 @@ try:
     from scipy.optimize import brentq
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 except ImportError as error:
-    raise ImportError("this analysis needs scipy and scikit-learn: pip install 'sparsekern[analysis]'") from error
+    raise ImportError("this analysis needs scipy: pip install 'sparsekern[analysis]'") from error
 
 Codes = sk.SparseCodes | sk.CSRCodes
 
@@ -40,7 +39,8 @@ _SWAP_BATCH = 256  # tokens whose families are decoded at a time: each family of
 _NULL_ROWS = 4096  # random rows decomposed a sample, at most
 _SWEEPS = 1000  # of coordinate descent, at most; a few dozen are enough but for parts that are nearly parallel
 _NO_REST = 1e-6  # a squared length of what a fit leaves, of rows of norm 1, that is rounding
-_WEAK_RIDGE = 1e4  # C of scikit-learn: keeps the slope finite where frequency separates the features perfectly
+_RIDGE = 1e-4  # keeps the slope finite where frequency separates the features perfectly
+_NEWTON = 100  # steps at most; about ten are enough where it does not
 
 KINDS = ("silent", "novel", "reconstruction")
 """What :attr:`Stitching.kind` counts through."""
@@ -135,7 +135,7 @@ def stitch(
     Parameters
     ----------
     small, large : SAE
-        Trained on the same activations, of one decoder row of `d_in` numbers a latent.
+        Trained on the same activations, which they reconstruct: no transcoders or crosscoders.
     x : Tensor [..., d_in]
         Activations.
     threshold : float
@@ -395,8 +395,8 @@ def stitched_mse(
 def _checked_pair(small: sk.SAE, large: sk.SAE, x: Tensor) -> Tensor:
     """`x` flat, once everything has been looked at."""
     for name, sae in (("small", small), ("large", large)):
-        if not isinstance(sae, sk.SAE) or sae.W_dec.shape != (sae.d_sae, sae.d_in):
-            raise ValueError(f"{name} must be an SAE with one decoder row of d_in numbers a latent")
+        if not isinstance(sae, sk.SAE) or sae.reads != "output" or sae.n_sources > 1:
+            raise ValueError(f"{name} must be an SAE of one source that reconstructs what it reads, got {sae!r}")
     if small.d_in != large.d_in:
         raise ValueError(f"small and large must read the same activations, got d_in of {small.d_in} and {large.d_in}")
     if x.dim() < 2 or x.shape[-1] != small.d_in or not x.numel():
@@ -522,7 +522,8 @@ def _auc(positive: Tensor, score: Tensor) -> float:
     """Area under the ROC curve; NaN where there is one class only."""
     if bool(positive.all()) or not bool(positive.any()):
         return math.nan
-    return float(roc_auc_score(positive.numpy(), score.double().numpy()))
+    above, n = torch.from_numpy(rankdata(score.double().numpy()))[positive].sum(), int(positive.sum())
+    return float((above - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
 
 def _balanced(positive: Tensor, called: Tensor) -> float:
@@ -1072,11 +1073,11 @@ def feature_recovery_curve(
     if log.min() == log.max():
         raise ValueError(f"frequency must differ between features, got {float(frequency[0]):g} for all")
     generator = _generator(seed)
-    intercept, slope = _logistic(found, log)
-    drawn = (torch.randint(len(found), (len(found),), generator=generator) for _ in range(n_bootstrap))
-    resampled = torch.tensor([_logistic(found[rows], log[rows]) for rows in drawn], dtype=torch.float64)
-    orders = [torch.randperm(len(found), generator=generator) for _ in range(n_null)]
-    permuted = torch.tensor([_logistic(found, log[order]) for order in orders], dtype=torch.float64)
+    intercept, slope = _logistic(found[None], log[None])[0].tolist()
+    drawn = torch.randint(len(found), (n_bootstrap, len(found)), generator=generator)
+    resampled = _logistic(found[drawn], log[drawn])
+    orders = torch.stack([torch.randperm(len(found), generator=generator) for _ in range(n_null)])
+    permuted = _logistic(found.expand(n_null, -1), log[orders])
     results = {
         "slope": Result(
             "slope of the recovery curve, logits a decade", slope, {"frequencies permuted": permuted[:, 1]}
@@ -1100,14 +1101,26 @@ def feature_recovery_curve(
     )
 
 
-def _logistic(found: Tensor, log: Tensor) -> tuple[float, float]:
-    """Intercept and slope; NaN where there is one class only, or one frequency."""
-    if bool(found.all()) or not bool(found.any()) or log.min() == log.max():
-        return math.nan, math.nan
-    center, scale = float(log.mean()), float(log.std())
-    fitted = LogisticRegression(C=_WEAK_RIDGE).fit(((log - center) / scale)[:, None].numpy(), found.numpy())
-    slope = float(fitted.coef_[0, 0]) / scale
-    return float(fitted.intercept_[0]) - slope * center, slope
+def _logistic(found: Tensor, log: Tensor) -> Tensor:
+    """Intercept and slope of each row of both ``[m, n]``: ``[m, 2]``; NaN for one class, or one frequency."""
+    center, scale = log.mean(), log.std()
+    x, y = (log - center) / scale, found.double()
+    fitted = torch.zeros(len(x), 2, dtype=torch.float64)
+    ridge = torch.diag(torch.tensor([0.0, _RIDGE], dtype=torch.float64))
+    for _ in range(_NEWTON):
+        p = torch.sigmoid(fitted[:, :1] + fitted[:, 1:] * x)
+        gradient = torch.stack([(y - p).sum(1), ((y - p) * x).sum(1)], 1) - fitted @ ridge
+        weight = p * (1 - p)
+        moments = [(weight * power).sum(1) for power in (torch.ones_like(x), x, x * x)]
+        curvature = torch.stack([moments[0], moments[1], moments[1], moments[2]], 1).view(-1, 2, 2) + ridge
+        step = torch.linalg.lstsq(curvature, gradient[:, :, None]).solution.squeeze(2)
+        step = step / (step.norm(dim=1, keepdim=True) / 2).clamp(min=1)  # else it leaps where the curve is flat
+        fitted += step
+        if step.abs().max() < 1e-8:
+            break
+    slope = fitted[:, 1] / scale
+    undefined = (found.all(1) | ~found.any(1) | (log == log[:, :1]).all(1))[:, None]
+    return torch.stack([fitted[:, 0] - slope * center, slope], 1).masked_fill(undefined, math.nan)
 
 
 def _half(intercept: float, slope: float) -> float:
@@ -1207,7 +1220,8 @@ def estimate_total_features(
         )
     if found_by_seed.dtype != torch.bool:
         raise ValueError(f"found_by_seed must hold truth values, got {found_by_seed.dtype}; compare scores first")
-    _check_count(n_bootstrap=n_bootstrap, n_null=n_null)
+    _check_count(n_null=n_null)
+    _check_count(least=2, n_bootstrap=n_bootstrap)  # which have a standard deviation
     table = found_by_seed.detach().cpu()
     table = table[:, table.any(0)]
     sizes = table.sum(1)
@@ -1347,7 +1361,7 @@ def _check_between(name: str, number: float) -> None:
         raise ValueError(f"{name} must be above 0 and below 1, got {number}")
 
 
-def _check_count(**numbers: int) -> None:
+def _check_count(least: int = 1, **numbers: int) -> None:
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
