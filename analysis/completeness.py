@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, new_axes, samples
+from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
 from sparsekern.codes import check_latents
 from sparsekern.hooks import evaluating
 
@@ -158,7 +158,7 @@ def stitch(
     x = _checked_pair(small, large, x)
     _check_between("threshold", threshold)
     _check_count(n_null=n_null)
-    generator = _generator(seed)
+    generator = null_generator(seed)
     codes, residual = _passed(small, large, x)
     decoder = _rows(large)
     counts = sum((part.firing_counts() for part in codes), torch.zeros(large.d_sae, dtype=torch.int64))
@@ -313,7 +313,7 @@ def swap(
     x = _checked_pair(small, large, x)
     _check_between("threshold", threshold)
     _check_count(n_null=n_null, neighbours=neighbours)
-    generator = _generator(seed)
+    generator = null_generator(seed)
     of_large, of_small = _families(_rows(large), _rows(small), threshold, neighbours)
     n_families = int(of_large.max()) + 1
     if not n_families:
@@ -627,7 +627,7 @@ def meta_sae(
     atoms = None if truth is None else _checked_rows("truth", truth, unit.shape[1])
 
     def trained(rows: Tensor, seed: int) -> tuple[sk.SAE, float]:
-        generator = _generator(seed)
+        generator = null_generator(seed)
         sae = sk.SAE(rows.shape[1], d_meta, sk.TopK(k), dead_after=10 * len(rows), generator=generator)
         sae.b_dec.requires_grad_(decoder_bias)
         center = "mean" if decoder_bias else "zeros"
@@ -638,7 +638,7 @@ def meta_sae(
         return sae, 1 - sk.evaluate(sae, rows.split(_BATCH)).fvu
 
     sae, explained = trained(unit, seed)
-    generator = _generator(seed)
+    generator = null_generator(seed)
     isotropic = [_directions(len(unit), unit.shape[1], generator) for _ in range(n_null)]
     matched = list(_like(unit, len(unit), n_null, generator))
     results = {
@@ -801,7 +801,7 @@ def atomicity(
     active = fires > 0
     if not active.any():
         raise ValueError("codes_large must have an active latent: all are silent on these tokens")
-    generator = _generator(seed)
+    generator = null_generator(seed)
     n_rows = min(_NULL_ROWS, len(large))
     random = list(_like(large, n_rows, n_null, generator))
     # Which of the large SAE's latents a random row stands for, with the tokens on which it is active.
@@ -1072,7 +1072,7 @@ def feature_recovery_curve(
     log = frequency.log10()
     if log.min() == log.max():
         raise ValueError(f"frequency must differ between features, got {float(frequency[0]):g} for all")
-    generator = _generator(seed)
+    generator = null_generator(seed)
     intercept, slope = _logistic(found[None], log[None])[0].tolist()
     drawn = torch.randint(len(found), (n_bootstrap, len(found)), generator=generator)
     resampled = _logistic(found[drawn], log[drawn])
@@ -1227,7 +1227,7 @@ def estimate_total_features(
     sizes = table.sum(1)
     if not sizes.all():
         raise ValueError("found_by_seed must have a feature for every seed: leave out seeds that found none")
-    generator = _generator(seed)
+    generator = null_generator(seed)
     m, observed = table.shape
     equal = _equal_rates(sizes, observed)
     rates = sizes / equal
@@ -1318,12 +1318,6 @@ def _equal_rates(sizes: Tensor, observed: int) -> float:
 
 
 # Shared
-
-
-def _generator(seed: int) -> torch.Generator:
-    """For what is drawn here."""
-    # Not the stream of that seed itself: features made from it would come back as random rows or as starting weights.
-    return torch.Generator().manual_seed((seed + 1) * 0x9E3779B97F4A7C15 % 2**63)
 
 
 def _directions(n: int, d: int, generator: torch.Generator) -> Tensor:

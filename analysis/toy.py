@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, samples
+from sparsekern.analysis.results import Result, null_generator, samples
 from sparsekern.data.synthetic import zipf_draws
 from sparsekern.modules import Activation
 
@@ -616,7 +616,7 @@ def _match(decoder: Tensor, encoder: Tensor, unit: Tensor) -> tuple[Tensor, Tens
 
 def _random_dictionaries(sae: sk.SAE, count: int, seed: int) -> Iterator[Tensor]:
     """Weights ``[d_sae, d_in]`` of random directions."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = null_generator(seed)
     return (torch.randn(sae.d_sae, sae.d_in, generator=generator) for _ in range(count))
 
 
