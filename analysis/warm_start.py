@@ -34,7 +34,7 @@ class CanonicalRows:
     center : Tensor [d_in]
         What the encoder's input is taken less.
     thresholds : Tensor [n] or None
-        Logarithms of the thresholds of a ``JumpReLU``.
+        Those of a ``JumpReLU``, in units of the activations.
     """
 
     encoder: Tensor
@@ -60,13 +60,13 @@ class CanonicalRows:
         if latents.dtype == torch.bool and latents.shape != (sae.d_sae,):
             raise ValueError(f"latents must be indices, or a mask [{sae.d_sae}], got a mask {tuple(latents.shape)}")
         chosen = torch.arange(sae.d_sae)[latents.cpu()].to(sae.device)
-        center, thresholds = sae.center(), _thresholds(sae)
+        center, act = sae.center(), sae.activation
         return cls(
             sae.W_enc.detach()[chosen],
             sae.W_dec.detach()[chosen],
             sae.b_enc.detach()[chosen],
             torch.zeros_like(sae.W_enc[0]) if center is None else center.detach().clone(),
-            None if thresholds is None else thresholds.detach()[chosen],
+            act.threshold.detach()[chosen] if isinstance(act, sk.JumpReLU) else None,
         )
 
     def permuted(self, generator: torch.Generator | None = None) -> CanonicalRows:
@@ -131,8 +131,8 @@ def warm_start(
     widths, wanted = (canonical.encoder.shape[1], canonical.decoder.shape[1]), (sae.d_in, sae.W_dec.shape[1])
     if widths != wanted:
         raise ValueError(f"canonical must have encoder and decoder rows of widths {wanted}, got {widths}")
-    thresholds = _thresholds(sae)
-    if (thresholds is None) != (canonical.thresholds is None):
+    act = sae.activation
+    if isinstance(act, sk.JumpReLU) != (canonical.thresholds is not None):
         raise ValueError("canonical must have thresholds where sae has them, and only there")
     n = round(share * len(canonical))
     places = torch.arange(sae.d_sae) if into is None else into.cpu().long()
@@ -148,8 +148,8 @@ def warm_start(
     sae.W_enc[places] = encoder
     sae.W_dec[places] = canonical.decoder[chosen].to(sae.W_dec)
     sae.b_enc[places] = canonical.bias[chosen].to(sae.b_enc) + encoder @ moved
-    if thresholds is not None and canonical.thresholds is not None:
-        thresholds[places] = canonical.thresholds[chosen].to(thresholds)
+    if isinstance(act, sk.JumpReLU) and canonical.thresholds is not None:
+        act.relative_threshold[places] = canonical.thresholds[chosen].to(act.relative_threshold) / act.length
     sae.tokens_since_fired[places] = 0
     return places
 
@@ -157,13 +157,9 @@ def warm_start(
 def _check_rows(name: str, sae: sk.SAE) -> None:
     if sae.tied or sae.W_enc.dim() != 2 or sae.W_dec.dim() != 2:
         raise ValueError(f"{name} must have an encoder and a decoder row of its own for each latent, not tied ones")
-    others = sorted(dict(sae.activation.named_parameters()).keys() - {"log_threshold"})
+    others = sorted(dict(sae.activation.named_parameters()).keys() - {"relative_threshold"})
     if others:
         raise ValueError(f"{name} must have an activation without weights other than thresholds, got {others}")
-
-
-def _thresholds(sae: sk.SAE) -> Tensor | None:
-    return dict(sae.activation.named_parameters()).get("log_threshold")
 
 
 # Experiments

@@ -73,8 +73,11 @@ def test_a_share_is_copied_at_random():
 
 def test_thresholds_are_copied():
     source, sae = (trained_like(seed, activation=sk.JumpReLU()) for seed in (0, 1))
+    source.activation.length.fill_(3.0)
+    with torch.no_grad():
+        source.activation.relative_threshold.uniform_(0.05, 0.2)
     warm_start(sae, CanonicalRows.of(source, torch.tensor([4, 2])))
-    assert torch.equal(sae.activation.log_threshold[:2], source.activation.log_threshold[[4, 2]])
+    torch.testing.assert_close(sae.activation.threshold[:2], source.activation.threshold[[4, 2]])
     x = torch.randn(30, 8, generator=generator(4))
     torch.testing.assert_close(sae.encode(x).to_dense()[:, :2], source.encode(x).to_dense()[:, [4, 2]])
 
