@@ -430,14 +430,14 @@ def test_topk_takes_a_pair_for_a_dense_direction_and_abstopk_one_latent(seed):
     assert run.results["dense_paired"].p < 0.01
     assert run.results["dense_score"].value > 0.99  # 0.999 in all
     assert run.cosines[run.dense].sort().values.tolist() == pytest.approx([-1, 1], abs=0.005)
-    assert run.results["sparse_score"].value < 0.6  # 0.21 to 0.39; random dictionaries 0.18 to 0.42
+    assert run.results["sparse_score"].value < 0.6  # 0.21 to 0.42; random dictionaries at most 0.46
     assert run.results["along"].p == 1 / 21
     signed = dense_direction(seed, activation=sk.AbsTopK(5), n_null=20)
     assert len(signed.dense) == 1
     assert signed.report.pairs.n_pairs == 0
     assert signed.results["dense_score"].value < 0.1  # 0.00 to 0.03
-    assert signed.results["along"].value > 0.99  # 0.997 to 1
-    assert signed.results["sparse_score"].value < 0.6  # 0.23 to 0.39
+    assert signed.results["along"].value > 0.99  # 1.000
+    assert signed.results["sparse_score"].value < 0.6  # 0.12 to 0.46
 
 
 def shares(seed, **options):
@@ -448,6 +448,7 @@ def shares(seed, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_cloud_is_coded_by_pairs_or_not(seed):
+    """After 800 steps in the seeds 0 and 1: 0.9, 0 and 0; 0.80 to 0.89; 1.00; 0.93. Here half as long."""
     light, heavy, top = shares(seed, coefficients=(0.01, 0.3), ks=(2,))
     assert light > 0.6
     assert heavy < 0.15
