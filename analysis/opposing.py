@@ -94,7 +94,7 @@ def antipodal_pairs(
     certain; others are searched again with more candidates, and then in full. Scores are those of float32, and partners
     of equal score within its rounding (2e-6) are interchangeable.
 
-    Besides the weights it takes at most 1 GiB for W = 131,072 rows of 768 numbers each.
+    Besides the weights it takes 0.7 GiB for W = 131,072 rows of 768 numbers each, and hardly more for more.
 
     Parameters
     ----------
