@@ -1,32 +1,16 @@
-"""Made data whose features are known: what an analysis must find when it is there to be found.
-
-A generator has its true directions as ``features`` ``[n_features, d]`` and
-``sample(n, generator) -> (activations [n, n_features], x [n, d])``, with ``x = activations @ features`` plus noise.
-:func:`ground_truth_scores` says which of them an SAE has found; the experiments at the end train SAEs on them.
-"""
+"""Generators of made data whose features are known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-import sparsekern as sk
-from sparsekern.analysis.results import Result, samples
-from sparsekern.modules import Activation
-
-try:
-    from scipy.optimize import linear_sum_assignment
-except ImportError as error:
-    raise ImportError("this analysis needs scipy: pip install 'sparsekern[analysis]'") from error
-
 _TURNS = 64
-_MEASURED = 8192  # fresh tokens of an experiment
-_PENALTY = 0.03  # of Chanin's toys, in ‖x − x̂‖² + penalty · ‖z‖₁
 
 
 class Toy(Protocol):
@@ -37,9 +21,6 @@ class Toy(Protocol):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """`n` tokens: true activations and `x`."""
-
-
-# Generators
 
 
 class SubspaceClusters:
@@ -315,6 +296,170 @@ class CopulaFeatures:
         return activations, activations @ self.features
 
 
+class ContextTopics:
+    """A token has one of J contexts and one of I topics, each drawn evenly: ``x = C_j + T_i``.
+
+    A latent may stand for a topic, for a context, or for a topic in a context, such as topology in mathematics.
+
+    Parameters
+    ----------
+    topics, contexts : int
+        I and J.
+    d : int or None
+        Width of the activations, at least ``topics + contexts``, and that by default.
+    magnitude : float
+        Of both activations.
+    generator : torch.Generator or None
+        For the directions.
+
+    Attributes
+    ----------
+    features : Tensor [topics + contexts, d]
+        True directions, orthonormal: topics first.
+    true_l0 : int
+        Active features of a token: 2.
+    length : float
+        Root mean square length of `x` about its mean.
+    """
+
+    true_l0 = 2
+
+    def __init__(
+        self,
+        topics: int = 4,
+        contexts: int = 2,
+        d: int | None = None,
+        magnitude: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        for name, number in (("topics", topics), ("contexts", contexts)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        _check_magnitudes(magnitude, 0)
+        self.topics, self.contexts, self.magnitude = topics, contexts, magnitude
+        self.d = topics + contexts if d is None else d
+        self.features = _orthonormal(self.d, topics + contexts, generator)
+        self.length = magnitude * (2 - 1 / topics - 1 / contexts) ** 0.5
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """`n` tokens: ``(activations [n, topics + contexts], x [n, d])``."""
+        topic = torch.randint(self.topics, (n,), generator=generator)
+        context = torch.randint(self.contexts, (n,), generator=generator)
+        activations = torch.zeros(n, self.topics + self.contexts)
+        activations.scatter_(1, torch.stack([topic, self.topics + context], 1), self.magnitude)
+        return activations, activations @ self.features
+
+    def dictionary(
+        self, noise: float = 0.0, distractor: float = 0.0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoder rows of two SAEs in which every context splits into its topics.
+
+        Parameters
+        ----------
+        noise : float
+            Length, about, of a random vector that is added to each child.
+        distractor : float
+            Standard deviation of the component, drawn for each child, along one direction that all share.
+        generator : torch.Generator or None
+            For both.
+
+        Returns
+        -------
+        tuple of Tensor
+            Parents ``[contexts, d]``; children ``[contexts, topics, d]``, not of unit norm; the distractor ``[d]``.
+        """
+        if noise < 0 or distractor < 0:
+            raise ValueError(f"noise and distractor must not be negative, got {noise} and {distractor}")
+        if self.d <= self.topics + self.contexts:
+            raise ValueError(f"d must be above topics + contexts = {self.topics + self.contexts}, got {self.d}")
+        topics, parents = self.features[: self.topics], self.features[self.topics :]
+        draw = torch.randn(self.d, generator=generator)
+        direction = normalize(draw - draw @ self.features.T @ self.features, dim=0)
+        shape = (self.contexts, self.topics)
+        children = parents[:, None] + topics + noise / self.d**0.5 * torch.randn(*shape, self.d, generator=generator)
+        children = children + distractor * torch.randn(*shape, 1, generator=generator) * direction
+        return parents, children, direction
+
+
+class ManifoldFeatures:
+    """Tokens spread evenly over a manifold, or over a few of its points.
+
+    Parameters
+    ----------
+    kind : {"circle", "torus", "sphere"}
+        In 2, 4 or 3 dimensions; every token has length 1 before noise. The torus is that of two circles.
+    points : int or None
+        So many points instead of all: on a circle evenly spaced, else drawn at random. Features that are related, yet
+        finitely many.
+    d : int or None
+        Width of the activations, by default the dimensions of the manifold's space.
+    noise : float
+        Standard deviation of each coordinate's noise.
+    generator : torch.Generator or None
+        For directions and points.
+
+    Attributes
+    ----------
+    features : Tensor [n_features, d]
+        The points, of which each token has one at the activation 1; without points orthonormal axes, and activations
+        are coordinates, of either sign.
+
+    References
+    ----------
+    Michaud, Gorton and McGrath, *Understanding sparse autoencoder scaling in the presence of feature manifolds* (arXiv
+    2509.02565), for the question.
+    """
+
+    def __init__(
+        self,
+        kind: str = "circle",
+        points: int | None = None,
+        d: int | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if kind not in _DIMENSIONS:
+            raise ValueError(f"kind must be one of {', '.join(_DIMENSIONS)}, got {kind!r}")
+        if points is not None and points < 1:
+            raise ValueError(f"points must be at least 1, got {points}")
+        if noise < 0:
+            raise ValueError(f"noise must not be negative, got {noise}")
+        dimensions = _DIMENSIONS[kind]
+        self.kind, self.points, self.noise = kind, points, noise
+        self.d = dimensions if d is None else d
+        self._axes = _orthonormal(self.d, dimensions, generator)
+        if points is None:
+            self.features = self._axes
+        elif kind == "circle":
+            self.features = _on_circle(torch.arange(points) / points) @ self._axes
+        else:
+            self.features = self._drawn(points, generator) @ self._axes
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """`n` tokens: ``(activations [n, n_features], x [n, d])``."""
+        if self.points is None:
+            activations = self._drawn(n, generator)
+        else:
+            activations = one_hot(torch.randint(self.points, (n,), generator=generator), self.points).float()
+        return activations, activations @ self.features + self.noise * torch.randn(n, self.d, generator=generator)
+
+    def _drawn(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """`n` places of the manifold, in coordinates of its axes."""
+        if self.kind == "sphere":
+            return normalize(torch.randn(n, 3, generator=generator), dim=1)
+        circles = _DIMENSIONS[self.kind] // 2
+        return _on_circle(torch.rand(n, circles, generator=generator)).flatten(1) / circles**0.5
+
+
+_DIMENSIONS = {"circle": 2, "torus": 4, "sphere": 3}
+
+
+def _on_circle(turns: Tensor) -> Tensor:
+    """Points of the unit circle, ``[..., 2]``."""
+    angle = 2 * torch.pi * turns
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
 def _with_magnitudes(active: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator | None) -> Tensor:
     """Activations ``[n, n_features]`` of what is `active`."""
     return active * (mean + std * torch.randn(active.shape, generator=generator)).clamp(min=0)
@@ -375,359 +520,3 @@ def _around_axis(basis: Tensor, count: int, generator: torch.Generator | None) -
         drawn = [frame @ turn @ basis for turn in turns]
         rows = torch.cat([rows, min(drawn, key=lambda new: float((new @ rows.T).abs().max()))])
     return rows[:count]
-
-
-# What an SAE has found
-
-
-@dataclass(frozen=True, eq=False)
-class GroundTruthScores:
-    """What :func:`ground_truth_scores` returns.
-
-    Attributes
-    ----------
-    results : dict of str to Result
-        ``decoder_match`` and ``encoder_match``, and what the experiment adds.
-    latent_of : Tensor [n_features] int64
-        The latent of each feature; −1 where there are fewer latents than features.
-    decoder, encoder : Tensor [n_features, n_features]
-        Cosines of the decoder's and the encoder's row of the latent of a feature (the row of the table) with all
-        features (its columns); NaN where it has none.
-    """
-
-    results: dict[str, Result]
-    latent_of: Tensor
-    decoder: Tensor
-    encoder: Tensor
-
-
-@torch.no_grad()
-def ground_truth_scores(sae: sk.SAE, features: Tensor, n_null: int = 100, seed: int = 0) -> GroundTruthScores:
-    """Match latents with the true features, and tell how well.
-
-    One latent a feature, such that the sum of the cosines of their decoder and encoder rows with the features is
-    largest. Both count, because absorption turns the decoder's row of the child towards the parent, and the encoder's
-    row of the parent away from the child: by either alone the two could change places.
-
-    Parameters
-    ----------
-    sae : SAE
-        One that reconstructs what it reads.
-    features : Tensor [n_features, d_in]
-        True directions, of any norm but 0.
-    n_null : int
-        Random dictionaries: directions as many as latents, the same for encoder and decoder, matched in the same way.
-    seed : int
-        Determines the null.
-
-    Raises
-    ------
-    ValueError
-        For an SAE without one row of `d_in` numbers a latent in both weights, and for features that are none.
-    """
-    shape = (sae.d_sae, sae.d_in)
-    if not sae.W_enc.shape == sae.W_dec.shape == shape:
-        raise ValueError(f"sae must have weights of shape {shape}, got {sae.W_enc.shape} and {sae.W_dec.shape}")
-    if features.dim() != 2 or not len(features) or features.shape[1] != sae.d_in:
-        raise ValueError(f"features must have shape [n_features, {sae.d_in}], got {tuple(features.shape)}")
-    norms = features.norm(dim=1)
-    if not (norms.isfinite() & (norms > 0)).all():
-        raise ValueError("features must be finite rows of a norm above 0")
-    if n_null < 0:
-        raise ValueError(f"n_null must not be negative, got {n_null}")
-    unit = normalize(features.float(), dim=1)
-    latent_of, decoder, encoder = _match(sae.W_dec, sae.W_enc, unit)
-    random = [_match(rows, rows, unit)[1] for rows in _random_dictionaries(sae, n_null, seed)]
-    null = {"random dictionary": samples(_mean_of(cosines.diagonal()) for cosines in random)}
-    results = {
-        "decoder_match": Result("cosine of decoder rows with their features", _mean_of(decoder.diagonal()), null),
-        "encoder_match": Result("cosine of encoder rows with their features", _mean_of(encoder.diagonal()), null),
-    }
-    return GroundTruthScores(results, latent_of, decoder, encoder)
-
-
-@dataclass(frozen=True, eq=False)
-class AbsorptionScores(GroundTruthScores):
-    """What :func:`absorption_scores` returns.
-
-    Attributes
-    ----------
-    pairs : Tensor [n_pairs, 2] int64
-        Parent and child.
-    silent : Tensor [n_pairs, 2]
-        On what share of the tokens the parent's latent is silent: where parent and child are active; where the parent
-        is, with no child. NaN where there are no such tokens, or no such latent.
-    """
-
-    pairs: Tensor
-    silent: Tensor
-
-
-@torch.no_grad()
-def absorption_scores(
-    sae: sk.SAE,
-    toy: TreeFeatures,
-    activations: Tensor,
-    x: Tensor,
-    n_null: int = 100,
-    seed: int = 0,
-) -> AbsorptionScores:
-    """Whether latents of children have absorbed their parents.
-
-    Beside :func:`ground_truth_scores`, means over all pairs of a parent and its child:
-
-    ``holes``
-        How much more often the parent's latent is silent where the child is active than where no child is. Null: the
-        tokens that have the child drawn anew among both kinds.
-    ``parent_encoder``
-        Cosine of the encoder's row of the parent's latent with the child's direction: negative where it is told not to
-        fire on the child. Null: random dictionaries.
-    ``child_decoder``
-        Cosine of the decoder's row of the child's latent with the parent's direction: positive where it writes both.
-        Null: random dictionaries.
-
-    Parameters
-    ----------
-    sae : SAE
-        In evaluation mode, as it is to be judged.
-    toy : TreeFeatures
-        With at least one child.
-    activations, x : Tensor [B, n_features], [B, d]
-        What ``toy.sample`` gave.
-    n_null : int
-        Samples of each null.
-    seed : int
-        Determines the nulls.
-
-    References
-    ----------
-    Chanin et al., *A is for absorption* (arXiv 2409.14507); Chanin, *Toy models of feature absorption in SAEs* (2024).
-    """
-    child = (toy.parent_of >= 0).nonzero().squeeze(1)
-    if not len(child):
-        raise ValueError("toy must have a feature whose parent is a feature")
-    truth = ground_truth_scores(sae, toy.features, n_null, seed)
-    pairs = torch.stack([toy.parent_of[child], child], 1)
-    fires = torch.cat([sae.encode(part).to_dense() > 0 for part in x.split(_MEASURED)])
-    active = activations > 0
-    generator = torch.Generator().manual_seed(seed)
-    silent = torch.full((len(pairs), 2), torch.nan)
-    permuted = torch.full((n_null, len(pairs)), torch.nan)
-    for row, (parent, child_of_it) in enumerate(pairs.tolist()):
-        latent = truth.latent_of[parent]
-        has_child = active[:, child_of_it]
-        alone = active[:, parent] & ~active[:, toy.parent_of == parent].any(1)
-        if latent < 0 or not has_child.any() or not alone.any():
-            continue
-        off = (~fires[has_child | alone, latent]).float()
-        labels = has_child[has_child | alone]
-        silent[row, 0], silent[row, 1] = off[labels].mean(), off[~labels].mean()
-        for sample in range(n_null):
-            drawn = labels[torch.randperm(len(labels), generator=generator)]
-            permuted[sample, row] = off[drawn].mean() - off[~drawn].mean()
-    random = [_match(rows, rows, toy.features)[1] for rows in _random_dictionaries(sae, n_null, seed)]
-    parent, child = pairs.unbind(1)
-    results = {
-        **truth.results,
-        "holes": Result(
-            "silence of parents' latents where the child is active, less that where none is",
-            _mean_of(silent[:, 0] - silent[:, 1]),
-            {"child's tokens drawn anew": samples(_mean_of(sample) for sample in permuted)},
-        ),
-        "parent_encoder": Result(
-            "cosine of the parent's encoder row with the child",
-            _mean_of(truth.encoder[parent, child]),
-            {"random dictionary": samples(_mean_of(cosines[parent, child]) for cosines in random)},
-            tail="less",
-        ),
-        "child_decoder": Result(
-            "cosine of the child's decoder row with the parent",
-            _mean_of(truth.decoder[child, parent]),
-            {"random dictionary": samples(_mean_of(cosines[child, parent]) for cosines in random)},
-        ),
-    }
-    return AbsorptionScores(results, truth.latent_of, truth.decoder, truth.encoder, pairs, silent)
-
-
-def _match(decoder: Tensor, encoder: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The latent of each feature, and both tables of cosines, in the order of the features."""
-    decoder, encoder = (normalize(rows.detach().cpu().float(), dim=1) @ unit.T for rows in (decoder, encoder))
-    latents, matched = linear_sum_assignment((decoder + encoder).numpy(), maximize=True)
-    latent_of = torch.full((len(unit),), -1)
-    latent_of[torch.from_numpy(matched)] = torch.from_numpy(latents)
-    unmatched = (latent_of < 0)[:, None]
-    decoder, encoder = (cosines[latent_of].masked_fill(unmatched, torch.nan) for cosines in (decoder, encoder))
-    return latent_of, decoder, encoder
-
-
-def _random_dictionaries(sae: sk.SAE, count: int, seed: int) -> Iterator[Tensor]:
-    """Weights ``[d_sae, d_in]`` of random directions."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(sae.d_sae, sae.d_in, generator=generator) for _ in range(count))
-
-
-def _mean_of(numbers: Tensor) -> float:
-    """Mean of those that are defined."""
-    return float(numbers.nanmean())
-
-
-# Experiments
-
-Scores = TypeVar("Scores", bound=GroundTruthScores)
-
-
-@dataclass(frozen=True, eq=False)
-class PlantedRun(Generic[Scores]):
-    """A training on made data, measured on 8,192 fresh tokens.
-
-    Attributes
-    ----------
-    sae : SAE
-        In evaluation mode.
-    toy : Toy
-        What made the data.
-    scores : GroundTruthScores
-        What was found.
-    fvu, l0 : float
-    """
-
-    sae: sk.SAE
-    toy: Toy
-    scores: Scores
-    fvu: float
-    l0: float
-
-
-def absorption(
-    seed: int = 0,
-    *,
-    tree: Node = PARENT_AND_CHILD,
-    d: int = 50,
-    activation: Activation | None = None,
-    matryoshka: bool = False,
-    start: str = "features",
-    steps: int = 1000,
-    lr: float = 1e-2,
-    batch_size: int = 256,
-    n_null: int = 100,
-    **options: Any,
-) -> PlantedRun[AbsorptionScores]:
-    """Train an SAE with a latent for each feature of a tree: does the child's latent absorb the parent?
-
-    Parameters
-    ----------
-    seed : int
-        Determines directions, weights, tokens and nulls.
-    tree, d
-        Those of :class:`TreeFeatures`.
-    activation : Activation or None
-        By default ReLU with the L1 penalty of the published toys: 0.03 beside a squared error.
-    matryoshka : bool
-        Whether the SAE is a :class:`sparsekern.MatryoshkaSAE`.
-    start : {"features", "random"}
-        Where the weights start. At the true features what becomes of them is the loss's doing: it is no matter of which
-        minimum training falls into.
-    steps, lr, batch_size
-        Of the training.
-    n_null : int
-        Samples of each null.
-    **options
-        Those of the SAE: ``tied``, ``prefixes`` …
-
-    References
-    ----------
-    Chanin et al., *Feature hedging* (arXiv 2505.11756); Nabeshima, *Matryoshka sparse autoencoders* (2024).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    toy = TreeFeatures(tree, d, generator)
-    if activation is None:
-        # This loss is the published one over the variance, its activations in units of the length.
-        activation = sk.ReLU(_PENALTY / toy.length, start_l0=1)
-    kind = sk.MatryoshkaSAE if matryoshka else sk.SAE
-    sae = kind(toy.d, len(toy.features), activation, generator=generator, **options)
-    _train(sae, toy, start, steps, lr, batch_size, generator)
-    activations, x = toy.sample(_MEASURED, generator)
-    scores = absorption_scores(sae, toy, activations, x, n_null, seed)
-    found = sk.evaluate(sae, [x])
-    return PlantedRun(sae, toy, scores, found.fvu, found.l0)
-
-
-def wrong_l0(
-    seed: int = 0,
-    *,
-    k: float = 1.8,
-    correlation: float = 0.4,
-    start: str = "features",
-    steps: int = 400,
-    lr: float = 1e-2,
-    batch_size: int = 256,
-    n_null: int = 100,
-) -> PlantedRun[GroundTruthScores]:
-    """Train a BatchTopK SAE on five features, two of them active on average: what does it learn at another k?
-
-    The four features after the first, f0, are independent of each other; each is active together with f0 more or less
-    often than by chance. With fewer latents a token than there are features it pays to write some of f0 with each.
-    Beside :func:`ground_truth_scores`, ``f0_in_others``: the mean cosine of the other features' decoder rows with f0.
-    Nulls: another of the four in the place of f0 (four samples), and random dictionaries.
-
-    Parameters
-    ----------
-    seed : int
-        Determines directions, weights, tokens and nulls.
-    k : float
-        Latents a token, on average; 2 is the true number.
-    correlation : float
-        Of the normal numbers behind f0 with those behind the others, −0.5 … 0.5.
-    start : {"features", "random"}
-        Where the weights start.
-    steps, lr, batch_size
-        Of the training.
-    n_null : int
-        Random dictionaries.
-
-    References
-    ----------
-    Chanin and Garriga-Alonso, *Sparse but wrong* (arXiv 2508.16560), and its code: small_toy_model_experiments.
-    """
-    if not abs(correlation) <= 0.5:
-        raise ValueError(f"correlation must be in −0.5 … 0.5, which all four can have with f0, got {correlation}")
-    generator = torch.Generator().manual_seed(seed)
-    between = torch.eye(5)
-    between[0, 1:] = between[1:, 0] = correlation
-    toy = CopulaFeatures(torch.full((5,), 0.4), between, generator=generator)
-    sae = sk.SAE(toy.d, len(toy.features), sk.BatchTopK(k), generator=generator)
-    _train(sae, toy, start, steps, lr, batch_size, generator)
-    scores = ground_truth_scores(sae, toy.features, n_null, seed)
-    random = [_match(rows, rows, toy.features)[1] for rows in _random_dictionaries(sae, n_null, seed)]
-    scores.results["f0_in_others"] = Result(
-        "cosine of the others' decoder rows with f0",
-        _mean_in_others(scores.decoder, 0),
-        {
-            "another in the place of f0": samples(_mean_in_others(scores.decoder, other) for other in range(1, 5)),
-            "random dictionary": samples(_mean_in_others(cosines, 0) for cosines in random),
-        },
-        tail="greater" if correlation >= 0 else "less",
-    )
-    found = sk.evaluate(sae, [toy.sample(_MEASURED, generator)[1]])
-    return PlantedRun(sae, toy, scores, found.fvu, found.l0)
-
-
-def _mean_in_others(cosines: Tensor, feature: int) -> float:
-    """Mean over the rows of the others of the four, and of no f0, of their cosines with `feature`."""
-    rows = [row for row in range(1, len(cosines)) if row != feature]
-    return _mean_of(cosines[rows, feature])
-
-
-def _train(
-    sae: sk.SAE, toy: Toy, start: str, steps: int, lr: float, batch_size: int, generator: torch.Generator
-) -> None:
-    if start not in ("features", "random"):
-        raise ValueError(f"start must be features or random, got {start!r}")
-    if start == "features":
-        with torch.no_grad():
-            for weight in sae.latent_weights():
-                weight.copy_(toy.features)
-    trainer = sk.Trainer(sae, lr=lr, steps=steps, fit_start=start == "random")
-    for _ in range(steps):
-        trainer.step(toy.sample(batch_size, generator)[1])
-    sae.eval()
