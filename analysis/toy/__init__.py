@@ -5,7 +5,7 @@ A generator has its true directions as ``features`` ``[n_features, d]`` and
 :func:`ground_truth_scores` says which of them an SAE has found; the experiments train SAEs on them.
 """
 
-from sparsekern.analysis.toy.experiments import PlantedRun, absorption, wrong_l0
+from sparsekern.analysis.toy.experiments import HedgingRun, PlantedRun, absorption, hedging, wrong_l0
 from sparsekern.analysis.toy.generators import (
     PARENT_AND_CHILD,
     TWENTY_FEATURES,
@@ -17,11 +17,14 @@ from sparsekern.analysis.toy.generators import (
     Toy,
     TreeFeatures,
 )
+from sparsekern.analysis.toy.law import Prediction, SplittingLaw, predicted_split, splitting_law
+from sparsekern.analysis.toy.manifold import ManifoldOrFinite, manifold_or_finite
 from sparsekern.analysis.toy.scores import (
     AbsorptionScores,
     GroundTruthScores,
     absorption_scores,
     ground_truth_scores,
+    hedging_rate,
 )
 
 __all__ = [
@@ -31,14 +34,23 @@ __all__ = [
     "ContextTopics",
     "CopulaFeatures",
     "GroundTruthScores",
+    "HedgingRun",
     "ManifoldFeatures",
+    "ManifoldOrFinite",
     "Node",
     "PlantedRun",
+    "Prediction",
+    "SplittingLaw",
     "SubspaceClusters",
     "Toy",
     "TreeFeatures",
     "absorption",
     "absorption_scores",
     "ground_truth_scores",
+    "hedging",
+    "hedging_rate",
+    "manifold_or_finite",
+    "predicted_split",
+    "splitting_law",
     "wrong_l0",
 ]

@@ -15,6 +15,7 @@ from sparsekern.analysis.toy.scores import (
     GroundTruthScores,
     absorption_scores,
     ground_truth_scores,
+    hedging_rate,
     match,
     mean_of,
     random_dictionaries,
@@ -163,6 +164,118 @@ def wrong_l0(
     return PlantedRun(sae, toy, scores, found.fvu, found.l0)
 
 
+@dataclass(frozen=True, eq=False)
+class HedgingRun(PlantedRun[GroundTruthScores]):
+    """What :func:`hedging` returns; `sae` has one latent.
+
+    Attributes
+    ----------
+    decoder, b_dec : Tensor [2]
+        The latent's decoder row and ``b_dec``, along the first feature (the parent) and the second (the child).
+    extended : SAE
+        Trained on with a second latent.
+    """
+
+    decoder: torch.Tensor
+    b_dec: torch.Tensor
+    extended: sk.SAE
+
+
+def hedging(
+    seed: int = 0,
+    *,
+    hierarchical: bool = True,
+    parent: float = 0.25,
+    child: float = 0.2,
+    d: int = 10,
+    l1: float = _PENALTY,
+    steps: int = 300,
+    lr: float = 1e-2,
+    batch_size: int = 256,
+    n_null: int = 100,
+) -> HedgingRun:
+    """Train one latent on two features: does it take up the second where that needs the first?
+
+    A latent that fires on the parent lowers the error by writing the child too, as often as that comes with it. Where
+    the features are independent it gains nothing, and ``b_dec`` takes up the mean of the child, which is equally
+    frequent in both cases. Then the SAE is trained on twice, as it is and with a second latent, for
+    :func:`hedging_rate`.
+
+    Beside :func:`ground_truth_scores`: ``child_in_latent``, cosine of the decoder's row with the child's direction;
+    null: that of the row that fits the latent's code by least squares with the child on other tokens; control: of a
+    code that is the parent's activation. ``child_in_bias``, product of ``b_dec`` with the child's direction; null:
+    random directions; control: the child's mean. ``hedging_rate``.
+
+    Parameters
+    ----------
+    seed : int
+        Determines directions, tokens and nulls.
+    hierarchical : bool
+        Whether the child needs the parent.
+    parent, child : float
+        P(parent) and P(child | parent); the independent child has the probability of both.
+    d : int
+        Width of the activations.
+    l1 : float
+        λ beside a squared error.
+    steps, lr, batch_size
+        Of each training. The first latent starts at the parent's direction, the second at the child's.
+    n_null : int
+        Samples of each null.
+
+    References
+    ----------
+    Chanin et al., *Feature hedging* (arXiv 2505.11756), section 3.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    both = [Node(parent, [Node(child)])] if hierarchical else [Node(parent), Node(parent * child)]
+    toy = TreeFeatures(Node(1.0, both, is_read_out=False), d, generator)
+    activation = sk.ReLU(l1 / toy.length, start_l0=1)
+    sae = sk.SAE(d, 1, activation, generator=generator)
+    with torch.no_grad():
+        for weight in sae.latent_weights():
+            weight.copy_(toy.features[:1])
+    _train(sae, toy, None, steps, lr, batch_size, generator)
+    control, extended = sk.SAE(d, 1, activation), sk.SAE(d, 2, activation, generator=generator)
+    control.load_state_dict(sae.state_dict())
+    with torch.no_grad():
+        for old, new in zip(sae.parameters(), extended.parameters(), strict=True):
+            new[: len(old)] = old
+        for weight in extended.latent_weights():
+            weight[1] = toy.features[1]
+    for other in (control, extended):
+        _train(other, toy, None, steps, lr, batch_size, generator)
+    decoder, b_dec = sae.W_dec.detach()[0] @ toy.features.T, sae.b_dec.detach() @ toy.features.T
+    scores = ground_truth_scores(sae, toy.features, n_null, seed)
+    activations, x = toy.sample(_MEASURED, generator)
+    code = sae.encode(x).to_dense().detach()[:, 0]
+    code = code - code.mean()
+    on_parent = code @ activations[:, 0]
+    orders = (torch.randperm(_MEASURED, generator=generator) for _ in range(n_null))
+    slopes = [code @ activations[order, 1] / on_parent for order in orders]
+    expected = child / (1 + child**2) ** 0.5 if hierarchical else 0.0
+    random = torch.nn.functional.normalize(torch.randn(n_null, d, generator=generator), dim=1)
+    scores.results.update(
+        {
+            "child_in_latent": Result(
+                "cosine of the latent's decoder row with the child",
+                float(torch.nn.functional.normalize(sae.W_dec.detach()[0], dim=0) @ toy.features[1]),
+                {"child's tokens permuted": samples(float(slope / (1 + slope**2) ** 0.5) for slope in slopes)},
+                {"P(child | parent) alone": samples([expected])},
+            ),
+            "child_in_bias": Result(
+                "b_dec along the child",
+                float(b_dec[1]),
+                {"random directions": (random @ sae.b_dec.detach()).double()},
+                {"the child's mean": toy.density[1:]},
+            ),
+            "hedging_rate": hedging_rate(control, extended, n_null, seed),
+        }
+    )
+    found = sk.evaluate(sae, [x])
+    return HedgingRun(sae, toy, scores, found.fvu, found.l0, decoder, b_dec, extended)
+
+
 def _mean_in_others(cosines: torch.Tensor, feature: int) -> float:
     """Mean over the rows of the others of the four, and of no f0, of their cosines with `feature`."""
     rows = [row for row in range(1, len(cosines)) if row != feature]
@@ -170,9 +283,9 @@ def _mean_in_others(cosines: torch.Tensor, feature: int) -> float:
 
 
 def _train(
-    sae: sk.SAE, toy: Toy, start: str, steps: int, lr: float, batch_size: int, generator: torch.Generator
+    sae: sk.SAE, toy: Toy, start: str | None, steps: int, lr: float, batch_size: int, generator: torch.Generator
 ) -> None:
-    if start not in ("features", "random"):
+    if start not in ("features", "random", None):  # None: the weights are set
         raise ValueError(f"start must be features or random, got {start!r}")
     if start == "features":
         with torch.no_grad():

@@ -403,6 +403,10 @@ class ManifoldFeatures:
     features : Tensor [n_features, d]
         The points, of which each token has one at the activation 1; without points orthonormal axes, and activations
         are coordinates, of either sign.
+    axes : Tensor [2, 4 or 3, d]
+        The orthonormal axes.
+    length : float
+        Root mean square length of `x` about the manifold's centre, which is that of all its tokens.
 
     References
     ----------
@@ -427,13 +431,14 @@ class ManifoldFeatures:
         dimensions = _DIMENSIONS[kind]
         self.kind, self.points, self.noise = kind, points, noise
         self.d = dimensions if d is None else d
-        self._axes = _orthonormal(self.d, dimensions, generator)
+        self.length = (1 + self.d * noise**2) ** 0.5
+        self.axes = _orthonormal(self.d, dimensions, generator)
         if points is None:
-            self.features = self._axes
+            self.features = self.axes
         elif kind == "circle":
-            self.features = _on_circle(torch.arange(points) / points) @ self._axes
+            self.features = _on_circle(torch.arange(points) / points) @ self.axes
         else:
-            self.features = self._drawn(points, generator) @ self._axes
+            self.features = self._drawn(points, generator) @ self.axes
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """`n` tokens: ``(activations [n, n_features], x [n, d])``."""

@@ -190,6 +190,57 @@ def absorption_scores(
     return AbsorptionScores(results, truth.latent_of, truth.decoder, truth.encoder, pairs, silent)
 
 
+@torch.no_grad()
+def hedging_rate(control: sk.SAE, extended: sk.SAE, n_null: int = 50, seed: int = 0) -> Result:
+    """How much of what an SAE had mixed into its latents goes to new ones, once it has them: 0 none, 1 all.
+
+    Both continue the same training, `extended` with latents added at the end. With δ the difference of the old latents'
+    decoder rows,
+    ``π = mean ‖δ projected on the span of the new rows‖ / mean ‖row of the control‖``; over random spans of this rank π
+    has the mean ``π_rand``, and the rate is ``max(0, (π − π_rand) / (1 − π_rand))``.
+
+    Parameters
+    ----------
+    control, extended : SAE
+        Of widths W and above W.
+    n_null : int
+        Random spans, at least 1; the null is the rate with each in the place of the new rows'.
+    seed : int
+        Determines them.
+
+    Raises
+    ------
+    ValueError
+        Unless `extended` is the wider one and new rows leave some dimensions out.
+
+    References
+    ----------
+    Chanin et al., *Feature hedging* (arXiv 2505.11756), and its code.
+    """
+    old, wide = (sae.W_dec.detach().cpu().double() for sae in (control, extended))
+    if wide.dim() != 2 or old.shape[1:] != wide.shape[1:] or len(wide) <= len(old):
+        raise ValueError(
+            f"extended must have more latents of the same width, got {tuple(old.shape)} and {tuple(wide.shape)}"
+        )
+    if n_null < 1:
+        raise ValueError(f"n_null must be at least 1, got {n_null}")
+    new, difference = wide[len(old) :], wide[: len(old)] - old
+    rank = int(torch.linalg.matrix_rank(new))
+    if not 0 < rank < wide.shape[1]:
+        raise ValueError(f"the new latents' rows must span some of the {wide.shape[1]} dimensions, not {rank}")
+    size = old.norm(dim=1).mean()
+
+    def share(basis: Tensor) -> float:
+        return float((difference @ basis.T).norm(dim=1).mean() / size)
+
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randn(wide.shape[1], rank, generator=generator, dtype=torch.float64) for _ in range(n_null))
+    random = samples(share(torch.linalg.qr(draw)[0].T) for draw in draws)
+    chance = float(random.mean())
+    rate = (share(torch.linalg.svd(new, full_matrices=False)[2][:rank]) - chance) / (1 - chance)
+    return Result("hedging rate", max(0.0, rate), {"random spans": ((random - chance) / (1 - chance)).clamp(min=0)})
+
+
 def match(decoder: Tensor, encoder: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The latent of each feature, and both tables of cosines, in the order of the features."""
     decoder, encoder = (normalize(rows.detach().cpu().float(), dim=1) @ unit.T for rows in (decoder, encoder))
