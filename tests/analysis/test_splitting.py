@@ -191,7 +191,7 @@ def test_parallelograms_show_until_noise_hides_them(seed):
     for noise, results in found.items():
         assert results["same"].value == pytest.approx(1 / (1 + noise**2), abs=0.06)
         assert abs(results["different"].value) < 0.03  # −0.010 to 0.011
-        assert results["same"].p == results["gap"].p == 0.01
+        assert max(results["same"].p, results["gap"].p) < 0.05  # 0.01, and at noise 3 up to 0.02
     assert [results["retrieval"].value == 1 for results in found.values()] == [True, True, True, False]
     assert found[3]["retrieval"].value > 0.25  # 0.46 to 0.62; chance is 1 / 12
     assert found[0]["same"].null.mean() < 0.15  # 1 / 12 of the pairs of permuted topics agree
