@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.options import MoeOptions
+from sparsekern.analysis.studies.options import MoeOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -483,7 +483,7 @@ def moe_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
 ) -> None:
     """What the experts of a mixture of experts divide among themselves: loads, labels, latents, a merge tree, a toy."""
-    from sparsekern.analysis import moe
+    from sparsekern.analysis.studies import moe
 
     _study(moe.study(_study_store(activations, output, overwrite), options, output))
 

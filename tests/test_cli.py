@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparsekern as sk
-from sparsekern.analysis.options import MoeOptions
+from sparsekern.analysis.studies.options import MoeOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.cli import EvalOptions, HarvestOptions, TrainOptions, app, parse
 from sparsekern.data import EMBEDDED_MODEL, ActivationStore, StoreWriter

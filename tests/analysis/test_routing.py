@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis import routing
-from sparsekern.analysis.moe import train_on_toy
 from sparsekern.analysis.routing import agreement, evenness, router_geometry, silhouette, with_duplicate
+from sparsekern.analysis.studies.moe import train_on_toy
 from sparsekern.analysis.toy import SubspaceClusters
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.analysis.moe import _kmeans_rows, study
-from sparsekern.analysis.options import MoeOptions
+from sparsekern.analysis.studies.moe import _kmeans_rows, study
+from sparsekern.analysis.studies.options import MoeOptions
 from sparsekern.analysis.tokens import HeldOut, over_represented
 from sparsekern.data import ActivationStore, StoreWriter
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TypeVar
 
 from sparsekern.options import Options, option
 
@@ -49,3 +51,44 @@ class MoeOptions(Options):
             n_costly=2,
             toy_seeds=1,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SAEsOptions(Options):
+    """What the studies of harvested activations share: plain TopK SAEs of some widths, from some seeds each."""
+
+    saes: Path | None = option(
+        None, "folder of the SAEs; studies that name the same one train them once; by default `saes` in the output"
+    )
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 4, 16 and 64 times the width")
+    seeds: int = option(3, "SAEs of each width; they differ in their first weights only", at_least=2)
+    k: int = option(32, "active latents a token", at_least=1)
+    steps: int = option(300, "of each training", at_least=1)
+    batch_size: int = option(2048, "tokens a step", unit="tokens", at_least=2)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
+    tokens: int = option(16384, "held-out tokens measured, at most", unit="tokens", at_least=16)
+    n_null: int = option(10, "samples of each null", at_least=1)
+    seed: int = option(0, "seed of the first SAE, the split, the batches and the nulls", at_least=0)
+    device: str | None = option(None, "where to train; by default a GPU if there is one")
+    quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
+
+    def resolved(self: Studied, width: int, output: Path) -> Studied:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        widths = sorted(set(self.latents or (4 * width, 16 * width, 64 * width)))
+        options = dataclasses.replace(self, latents=widths, saes=self.saes or output / "saes")
+        if not self.quick:
+            return options
+        return dataclasses.replace(
+            options,
+            latents=[2 * width, 4 * width, 8 * width],
+            seeds=2,
+            k=min(self.k, 4),
+            steps=20,
+            batch_size=128,
+            tokens=min(self.tokens, 1024),
+            n_null=2,
+        )
+
+
+Studied = TypeVar("Studied", bound=SAEsOptions)

@@ -8,9 +8,10 @@ import torch
 
 import sparsekern as sk
 from sparsekern.analysis.latents import one_line
-from sparsekern.analysis.options import MoeOptions
 from sparsekern.analysis.results import Result, markdown
 from sparsekern.analysis.routing import RouterGeometry
+from sparsekern.analysis.studies.options import MoeOptions
+from sparsekern.analysis.studies.page import sentence
 from sparsekern.analysis.tokens import LABELS, LEAST_COUNT, HeldOut, Represented
 from sparsekern.data import ActivationStore
 from sparsekern.training import versions
@@ -88,9 +89,9 @@ null's samples that are as extreme, the number itself counted in: with n samples
         lines = ["## In short", ""]
         for key, result in self.geometry.results.items():
             if key.startswith("ami_"):
-                lines.append(f"- **{key.removeprefix('ami_').capitalize()}.** {_sentence(result)}")
+                lines.append(f"- **{key.removeprefix('ami_').capitalize()}.** {sentence(result)}")
         for key in ("evenness", "silhouette", "overlap", "duplicates_across"):
-            lines.append(f"- {_sentence(self.geometry.results[key])}")
+            lines.append(f"- {sentence(self.geometry.results[key])}")
         return "\n".join(lines)
 
     def _arms(self) -> str:
@@ -128,7 +129,7 @@ et al. 2024)."""
 
 The share of tokens that each expert serves, from {share.max():.1%} to {share.min():.1%}; {empty} of
 {self.sae.n_experts} serve none. Even shares would be {1 / self.sae.n_experts:.1%}.
-{_sentence(self.geometry.results["evenness"])}"""
+{sentence(self.geometry.results["evenness"])}"""
 
     def _agreements(self) -> str:
         found = [result for key, result in self.geometry.results.items() if key.startswith("ami_")]
@@ -212,16 +213,16 @@ above it are listed."""
 
 Over the {int(self.geometry.alive.sum()):,} of {self.sae.d_sae:,} latents that are active on these tokens.
 
-- *Router rows*: {_sentence(results["router_cosine"])} Rows are taken less their mean,
+- *Router rows*: {sentence(results["router_cosine"])} Rows are taken less their mean,
   which sends no token elsewhere.
 - *Silhouette*: whether a decoder row is nearer to those of its own expert (towards 1) or of another one
-  (towards −1). {_sentence(results["silhouette"])}{nearer}
+  (towards −1). {sentence(results["silhouette"])}{nearer}
 - *Overlap*: an expert's span is the leading directions that hold 90% of its decoder rows' energy
   ({int(ranks.min())} to {int(ranks.max())} of {self.store.d} dimensions); the overlap of two is the mean
-  squared cosine of their principal angles, here averaged over all pairs. {_sentence(results["overlap"])}{shared}
+  squared cosine of their principal angles, here averaged over all pairs. {sentence(results["overlap"])}{shared}
 - *Duplicates*: latents with another one at a decoder cosine above 0.9. Those across experts are what routing
-  costs: the same feature learned again. {_sentence(results["duplicates_within"])}
-  {_sentence(results["duplicates_across"])}
+  costs: the same feature learned again. {sentence(results["duplicates_within"])}
+  {sentence(results["duplicates_across"])}
 
 {markdown(result for key, result in results.items() if not key.startswith("ami_"))}"""
 
@@ -236,8 +237,8 @@ Over the {int(self.geometry.alive.sum()):,} of {self.sae.d_sae:,} latents that a
 
 Experts merge, nearest first, by the similarity of what their latents write: the cosine of the experts' second
 moments, that is their latents' mean squared cosine, normalised (average linkage). The words are each expert's
-most over-represented tokens. {_sentence(self.geometry.results["similarity"])}
-{_sentence(self.geometry.results["tree"])}"""
+most over-represented tokens. {sentence(self.geometry.results["similarity"])}
+{sentence(self.geometry.results["tree"])}"""
 
     def _toy(self) -> str:
         if not self.toys:
@@ -280,16 +281,3 @@ def _reading(result: Result, above: str, below: str) -> str:
     if len(numbers) and result.value > numbers.max():
         return f" So {above}."
     return f" So {below}." if len(numbers) and result.value < numbers.min() else " That is no more than chance gives."
-
-
-def _sentence(result: Result) -> str:
-    """The value beside each null and control, in words."""
-    if result.value != result.value:
-        return f"{result.name[:1].upper()}{result.name[1:]}: not defined here, too few experts have active latents."
-    against = []
-    for name, numbers in result.nulls.items():
-        low, high, mean = numbers.min(), numbers.max(), numbers.mean()
-        where = "above all" if result.value > high else "below all" if result.value < low else "within the"
-        against.append(f"{where} {len(numbers)} samples of {name} (mean {mean:.3g})")
-    against += [f"{name} gives {numbers.mean():.3g}" for name, numbers in result.controls.items()]
-    return f"{result.name[:1].upper()}{result.name[1:]}: {result.value:.3g}; {'; '.join(against)}."

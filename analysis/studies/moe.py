@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.moe_page import Page, leaf_name
-from sparsekern.analysis.options import MoeOptions
 from sparsekern.analysis.results import new_axes, plain, plot, samples, strip
 from sparsekern.analysis.routing import (
     RouterGeometry,
@@ -21,6 +19,9 @@ from sparsekern.analysis.routing import (
     router_geometry,
     with_duplicate,
 )
+from sparsekern.analysis.studies.moe_page import Page, leaf_name
+from sparsekern.analysis.studies.options import MoeOptions
+from sparsekern.analysis.studies.page import PAGE, RECORD
 from sparsekern.analysis.tokens import HeldOut, over_represented
 from sparsekern.analysis.toy import SubspaceClusters
 from sparsekern.data import ActivationStore
@@ -28,7 +29,6 @@ from sparsekern.files import write_atomically, write_json
 from sparsekern.progress import Progress
 from sparsekern.training import versions
 
-PAGE, RECORD = "page.md", "results.json"
 _ROUTER_TOKENS = 32768  # that the k-means router is fitted on
 _NEVER = 2**62  # tokens after which a fixed router's row is moved
 

@@ -1,0 +1,135 @@
+"""The SAEs that the studies of harvested activations share: some widths, some seeds of each."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sparsekern as sk
+from sparsekern.analysis.studies.options import SAEsOptions
+from sparsekern.analysis.tokens import HeldOut
+from sparsekern.data import ActivationStore
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """An SAE and what it does on the held-out tokens.
+
+    Attributes
+    ----------
+    sae : SAE
+        On the CPU, for evaluation.
+    seed : int
+        Of its first weights.
+    codes : SparseCodes
+        Of the held-out tokens.
+    density : Tensor [d_sae]
+        Share of these on which each latent is active.
+    fvu : float
+        On the same tokens.
+    """
+
+    sae: sk.SAE
+    seed: int
+    codes: sk.SparseCodes
+    density: Tensor
+    fvu: float
+
+    @property
+    def alive(self) -> Tensor:
+        """Latents that are active on a held-out token, ``[d_sae]`` bool."""
+        return self.density > 0
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSAEs:
+    """What :func:`train_saes` returns: `by_width` has the SAEs of each width, by seed."""
+
+    held_out: HeldOut
+    by_width: dict[int, list[Trained]]
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers of latents, rising."""
+        return list(self.by_width)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows that say what the SAEs are like."""
+        header = ["latents", "FVU", "silent on the held-out tokens"]
+        rows = []
+        for width, group in self.by_width.items():
+            fvus = ", ".join(f"{one.fvu:.4f}" for one in group)
+            silent = ", ".join(f"{1 - one.alive.double().mean():.1%}" for one in group)
+            rows.append([f"{width:,}", fvus, silent])
+        return header, rows
+
+
+def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = True) -> TrainedSAEs:
+    """Train the SAEs that the (resolved) options name, or load those that are in their folder already.
+
+    All see the same batches in the same order: those of one width differ in the random rows that they start from.
+
+    Raises
+    ------
+    ValueError
+        If the folder has SAEs of other options or activations.
+    """
+    assert options.latents is not None
+    assert options.saes is not None
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
+    by_width: dict[int, list[Trained]] = {}
+    for width in options.latents:
+        by_width[width] = []
+        for seed in range(options.seed, options.seed + options.seeds):
+            if progress:
+                print(f"{width:,} latents, seed {seed}:", file=sys.stderr, flush=True)
+            sae = _train(store, options, width, seed, options.saes / f"{width}-seed{seed}", device, progress)
+            by_width[width].append(_measured(sae.to("cpu"), seed, held_out.x))
+    return TrainedSAEs(held_out, by_width)
+
+
+def _train(
+    store: ActivationStore, options: SAEsOptions, width: int, seed: int, folder: Path, device: str, progress: bool
+) -> sk.SAE:
+    sae = sk.SAE(
+        store.d,
+        width,
+        sk.TopK(options.k),
+        dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
+        generator=torch.Generator().manual_seed(seed),
+        device=device,
+    )
+    try:
+        result = sk.train(
+            sae,
+            store,
+            output=folder,
+            resume=(folder / "checkpoints").is_dir(),
+            progress=progress,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            held_out=options.held_out,
+            seed=options.seed,
+            eval_every=options.steps,
+            checkpoint_every=options.steps,
+            keep_checkpoints=1,
+            eval_tokens=options.tokens,
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder} has a training of other options or activations ({error}): name another") from error
+    return result.sae
+
+
+@torch.no_grad()
+def _measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
+    codes = sae.encode(x)
+    assert isinstance(codes, sk.SparseCodes)
+    density = torch.bincount(codes.indices[codes.values > 0], minlength=sae.d_sae) / len(x)
+    error = (sae.decode(codes) - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
+    return Trained(sae, seed, codes, density, float(error))
