@@ -61,9 +61,9 @@ def dictionaries(W, d):
 @pytest.mark.parametrize("blocks", [1, 5])
 @pytest.mark.parametrize(("W", "d"), [(50, 3), (700, 6), (1500, 40)])
 def test_scores_are_those_of_the_full_tables(monkeypatch, W, d, blocks):
-    monkeypatch.setattr(opposing, "_BLOCK_BYTES", 4 * 2 * d * (W // blocks))
-    monkeypatch.setattr(opposing, "_BATCH_BYTES", 4 * 2 * d * (W // blocks) // 2)
-    monkeypatch.setattr(opposing, "_CHUNK_BYTES", 4 * 2 * d * 64)
+    monkeypatch.setattr(opposing.pairs, "_BLOCK_BYTES", 4 * 2 * d * (W // blocks))
+    monkeypatch.setattr(opposing.pairs, "BATCH_BYTES", 4 * 2 * d * (W // blocks) // 2)
+    monkeypatch.setattr(opposing.pairs, "_CHUNK_BYTES", 4 * 2 * d * 64)
     for name, D, E in dictionaries(W, d):
         found = antipodal_pairs(D, E)
         score, j = in_full(D, E)
@@ -78,12 +78,12 @@ def test_scores_are_those_of_the_full_tables(monkeypatch, W, d, blocks):
 
 @pytest.mark.parametrize("kept", [(1, 2), (2, 64)])
 def test_rows_without_a_certificate_are_searched_again(monkeypatch, kept):
-    monkeypatch.setattr(opposing, "_KEPT", kept)
-    monkeypatch.setattr(opposing, "_BLOCK_BYTES", 4 * 80 * 400)
-    monkeypatch.setattr(opposing, "_CHUNK_BYTES", 4 * 80 * 100)
+    monkeypatch.setattr(opposing.pairs, "_KEPT", kept)
+    monkeypatch.setattr(opposing.pairs, "_BLOCK_BYTES", 4 * 80 * 400)
+    monkeypatch.setattr(opposing.pairs, "_CHUNK_BYTES", 4 * 80 * 100)
     searched = []
-    in_all = opposing._among_all
-    monkeypatch.setattr(opposing, "_among_all", lambda *given: searched.append(len(given[1])) or in_all(*given))
+    in_all = opposing.pairs._among_all
+    monkeypatch.setattr(opposing.pairs, "_among_all", lambda *given: searched.append(len(given[1])) or in_all(*given))
     D, E = clustered(1500, 40, generator())
     found = antipodal_pairs(D, E)
     score, j = in_full(D, E)
@@ -284,7 +284,7 @@ def test_the_second_moment_is_kept(monkeypatch):
     g = generator()
     D = torch.randn(5000, 6, generator=g) * torch.tensor([5, 3, 1, 1, 1, 0.2])
     E = torch.cat([D, torch.randn(5000, 2, generator=g)], 1)
-    _, draw, encoder, _ = list(opposing._nulls(D, E, torch.ones(5000).bool(), 1, 0))[1]
+    _, draw, encoder, _ = list(opposing.report._nulls(D, E, torch.ones(5000).bool(), 1, 0))[1]
 
     def moment(decoder, encoder):
         both = torch.cat([decoder, encoder], 1)
@@ -296,8 +296,9 @@ def test_the_second_moment_is_kept(monkeypatch):
 
 def test_tied_weights_are_searched_once(monkeypatch):
     calls = []
-    search = opposing._opposites
-    monkeypatch.setattr(opposing, "_opposites", lambda *given: calls.append(1) or search(*given))
+    search = opposing.pairs.opposites
+    for module in (opposing.pairs, opposing.report):
+        monkeypatch.setattr(module, "opposites", lambda *given: calls.append(1) or search(*given))
     sae = sk.SAE(16, 100, sk.TopK(3), tied=True, generator=generator())
     report = antipodal_report(sae, n_null=2)
     assert len(calls) == 1 + 2 * 3
@@ -475,7 +476,7 @@ def test_a_cloud_stands_beside_random_dictionaries(tmp_path):
 
 def test_a_cloud_whose_latents_all_died_is_nothing():
     sae = sk.SAE(3, 5, sk.TopK(1))
-    assert opposing._least_cosines(sae.W_dec.detach()[:0]).shape == (0,)
+    assert opposing.experiments._least_cosines(sae.W_dec.detach()[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
