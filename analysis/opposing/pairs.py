@@ -58,6 +58,16 @@ class AntipodalPairs:
         """Number of different pairs; latents that share a partner have a pair each."""
         return len(self.pairs)
 
+    def strongest(self, n: int) -> Tensor:
+        """The `n` pairs of the highest scores, highest first, whatever `tau`: ``[n, 2]`` int64, the lower latent first.
+
+        Only of latents that are each other's partner, so that no latent is in two; fewer where there are not so many.
+        """
+        latents = torch.arange(len(self.j), device=self.j.device)
+        mutual = ((self.j > latents) & (self.j[self.j.clamp(min=0)] == latents)).nonzero().squeeze(1)
+        order = self.score[mutual].argsort(descending=True, stable=True)[:n]
+        return torch.stack([mutual[order], self.j[mutual[order]]], 1)
+
     @property
     def share(self) -> float:
         """Share of the measured latents that are in a pair; NaN where none was measured."""
@@ -106,7 +116,7 @@ def antipodal_pairs(
     ----------
     Sun et al., *Dense SAE latents are features, not bugs* (arXiv 2506.15679), for the score.
     """
-    _check_tau(tau)
+    check_tau(tau)
     latents = Latents(D, E, alive)
     rows = latents.known.nonzero().squeeze(1)
     found = opposites(latents, rows)
@@ -299,6 +309,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} must be a matrix of floating-point numbers, one row a latent, got {got}")
 
 
-def _check_tau(tau: float) -> None:
+def check_tau(tau: float) -> None:
+    """ValueError unless it can be the score of a pair."""
     if not 0 < tau <= 1:
         raise ValueError(f"tau must be above 0 and at most 1, got {tau}")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern.analysis.opposing.pairs import BATCH_BYTES, AntipodalPairs, Latents, antipodal_pairs, opposites, parts
+from sparsekern.analysis.opposing.pairs import (
+    BATCH_BYTES,
+    AntipodalPairs,
+    Latents,
+    antipodal_pairs,
+    check_tau,
+    opposites,
+    parts,
+)
 from sparsekern.analysis.results import Result, frame, new_axes, plain, samples
 
 _NULL_ROWS = 1024  # random latents whose opposites are looked for among all of a null
-_PERMUTED = "encoder rows permuted"
+_FLIPPED, _PERMUTED = "signs flipped", "encoder rows permuted"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +32,7 @@ class DenseLatents:
     Attributes
     ----------
     results : dict of str to Result
-        ``dense_paired``.
+        ``dense_paired`` and ``dense_mean``.
     density : Tensor [W] float64
         Share of the tokens on which each latent is active.
     latents : Tensor [n] int64
@@ -43,11 +51,17 @@ def dense_latents(
     above: float = 0.3,
     n_null: int = 1000,
     seed: int = 0,
+    *,
+    densest: int | None = None,
 ) -> DenseLatents:
     """Whether the dense latents are those that come in antipodal pairs.
 
-    ``dense_paired`` is the share of dense latents with an antipodal partner, dense or not. Null: as many random ones of
-    the measured latents that are active at all.
+    ``dense_paired``
+        Share of dense latents with an antipodal partner, dense or not.
+    ``dense_mean``
+        Mean score of the dense latents, which needs no threshold of a pair.
+
+    Null of both: as many random ones of the measured latents that are active at all.
 
     Parameters
     ----------
@@ -61,6 +75,8 @@ def dense_latents(
         Samples of the null.
     seed : int
         Determines it.
+    densest : int or None
+        Take so many of the densest active latents, in place of those above a density.
 
     References
     ----------
@@ -69,19 +85,28 @@ def dense_latents(
     density = _density(activity, len(pairs.j)).cpu()
     if not 0 <= above < 1:
         raise ValueError(f"above must be at least 0 and below 1, got {above}")
+    if densest is not None and densest < 1:
+        raise ValueError(f"densest must be at least 1, got {densest}")
     check_n_null(n_null)
-    measured, is_pair = pairs.measured.cpu(), pairs.is_pair.cpu().double()
+    measured, is_pair, score = pairs.measured.cpu(), pairs.is_pair.cpu().double(), pairs.score.cpu().double()
     order = density.argsort(descending=True, stable=True)
-    latents = order[(density[order] > above) & measured[order]]
+    latents = order[(density[order] > (above if densest is None else 0)) & measured[order]][:densest]
     among = (measured & (density > 0)).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(seed)
     drawn = [among[torch.randperm(len(among), generator=generator)[: len(latents)]] for _ in range(n_null)]
-    result = Result(
-        f"share of latents of a density above {above:g} with an antipodal partner",
-        float(is_pair[latents].mean()),
-        {"as many random latents": samples(float(is_pair[some].mean()) for some in drawn)},
-    )
-    return DenseLatents({"dense_paired": result}, density, latents)
+    dense = f"latents of a density above {above:g}" if densest is None else f"the {len(latents)} densest latents"
+    results = {
+        key: Result(
+            f"{what} {dense}{which}",
+            float(numbers[latents].mean()),
+            {"as many random latents": samples(float(numbers[some].mean()) for some in drawn)},
+        )
+        for key, what, which, numbers in (
+            ("dense_paired", "share of", " with an antipodal partner", is_pair),
+            ("dense_mean", "mean score of", "", score),
+        )
+    }
+    return DenseLatents(results, density, latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +116,15 @@ class AntipodalReport:
     Attributes
     ----------
     results : dict of str to Result
-        ``paired`` and ``min_cosine``; with codes or densities also ``dense_paired``.
+        ``paired`` and ``min_cosine``; with codes or densities also ``dense_paired`` and ``dense_mean``.
     pairs : AntipodalPairs
         Of the latents that are active, where that is known.
     min_cosines : Tensor [W] float32
         Least decoder cosine of each latent with another one, 0 where none is negative; NaN where it was not measured.
     null_min_cosines : dict of str to Tensor [n]
         The same numbers under one sample of each null, for at most 1,024 latents.
+    null_scores : dict of str to Tensor [n_null, n]
+        Scores of these latents under each sample of each null.
     dense : DenseLatents or None
         What :func:`dense_latents` says.
     """
@@ -106,7 +133,13 @@ class AntipodalReport:
     pairs: AntipodalPairs
     min_cosines: Tensor
     null_min_cosines: Mapping[str, Tensor]
+    null_scores: Mapping[str, Tensor]
     dense: DenseLatents | None
+
+    def share(self, tau: float) -> Result:
+        """``paired`` with another threshold: the share of latents of a score of `tau` or more, beside all nulls."""
+        check_tau(tau)
+        return _paired(self.pairs, self.null_scores, tau)
 
     def to_frame(self) -> Any:
         """All results as one pandas.DataFrame."""
@@ -154,6 +187,7 @@ def antipodal_report(
     above: float = 0.3,
     n_null: int = 20,
     seed: int = 0,
+    densest: int | None = None,
 ) -> AntipodalReport:
     """How many latents come in antipodal pairs, beside how many would by chance.
 
@@ -161,8 +195,8 @@ def antipodal_report(
         Share of latents whose score of :func:`antipodal_pairs` is at least `tau`.
     ``min_cosine``
         Mean over the latents of their least decoder cosine.
-    ``dense_paired``
-        See :func:`dense_latents`.
+    ``dense_paired``, ``dense_mean``
+        See :func:`dense_latents`. The second also stands beside *signs flipped*.
 
     Nulls of the first two, each for at most 1,024 latents against all:
 
@@ -184,7 +218,7 @@ def antipodal_report(
         With a tensor as `source`, the encoder's rows; as for :func:`antipodal_pairs`.
     activity : SparseCodes, CSRCodes, Tensor [W] or None
         Codes of some tokens, or densities of the latents. Only latents that are active are then measured.
-    tau, above
+    tau, above, densest
         Those of :func:`antipodal_pairs` and :func:`dense_latents`.
     n_null : int
         Samples of each null.
@@ -204,23 +238,26 @@ def antipodal_report(
         raise ValueError("no latent is left to be measured: all are silent, or their rows have no direction")
     lines = pairs if encoder is None else antipodal_pairs(decoder, tau=tau, alive=pairs.measured)
     min_cosines = lines.cos_dec.nan_to_num(0).masked_fill(~pairs.measured, torch.nan)
-    paired: dict[str, list[float]] = {}
+    dense = None if density is None else dense_latents(density, pairs, above, seed=seed, densest=densest)
+    places = pairs.measured.cumsum(0) - 1  # of a measured latent among those that the nulls have
+    scores: dict[str, list[Tensor]] = {}
+    flipped = []
     least: dict[str, list[float]] = {}
     drawn: dict[str, Tensor] = {}
     for name, null_decoder, null_encoder, rows in _nulls(decoder, encoder, pairs.measured, n_null, seed):
         latents = Latents(null_decoder, null_encoder)
         found = opposites(latents, rows)
-        paired.setdefault(name, []).append(float((found.score >= tau).double().mean()))
+        scores.setdefault(name, []).append(found.score.cpu())
         if name != _PERMUTED:
             cosines = found if latents.tied else opposites(Latents(null_decoder, None), rows)
             drawn[name] = cosines.cos_dec.nan_to_num(0).cpu()
             least.setdefault(name, []).append(float(drawn[name].double().mean()))
+        if name == _FLIPPED and dense is not None:
+            among = places[dense.latents.to(places.device)]
+            flipped.append(float(opposites(latents, among).score.double().mean()) if len(among) else float("nan"))
+    null_scores = {name: torch.stack(some) for name, some in scores.items()}
     results = {
-        "paired": Result(
-            f"share of latents in an antipodal pair (score of {tau:g} or more)",
-            pairs.share,
-            {name: samples(shares) for name, shares in paired.items()},
-        ),
+        "paired": _paired(pairs, null_scores, tau),
         "min_cosine": Result(
             "mean of the latents' least decoder cosines",
             float(min_cosines[pairs.measured].double().mean()),
@@ -228,8 +265,19 @@ def antipodal_report(
             tail="less",
         ),
     }
-    dense = None if density is None else dense_latents(density, pairs, above, seed=seed)
-    return AntipodalReport(results | (dense.results if dense else {}), pairs, min_cosines, drawn, dense)
+    if dense is not None:
+        results |= dense.results
+        mean = dense.results["dense_mean"]
+        results["dense_mean"] = replace(mean, nulls={**mean.nulls, _FLIPPED: samples(flipped)})
+    return AntipodalReport(results, pairs, min_cosines, drawn, null_scores, dense)
+
+
+def _paired(pairs: AntipodalPairs, null_scores: Mapping[str, Tensor], tau: float) -> Result:
+    return Result(
+        f"share of latents in an antipodal pair (score of {tau:g} or more)",
+        float((pairs.score[pairs.measured] >= tau).double().mean()),
+        {name: (scores >= tau).double().mean(1) for name, scores in null_scores.items()},
+    )
 
 
 def _nulls(
@@ -251,7 +299,7 @@ def _nulls(
         draw = normal(n, len(root)) @ root.T
         yield "random rows with their second moment", draw[:, :d], None if encoder is None else draw[:, d:], rows
         signs = 1 - 2 * torch.randint(2, (n, 1), generator=generator).to(decoder)
-        yield "signs flipped", signs * decoder, None if encoder is None else signs * encoder, rows
+        yield _FLIPPED, signs * decoder, None if encoder is None else signs * encoder, rows
         if encoder is not None:
             order = torch.randperm(n, generator=generator).to(decoder.device)
             yield _PERMUTED, decoder, encoder[order], rows
