@@ -12,6 +12,7 @@ import sparsekern as sk
 from sparsekern.analysis.opposing.report import check_n_null
 from sparsekern.analysis.results import Result, samples
 
+_TOKENS = 8192  # whose products are summed at a time, in float64
 _NEAR = 16  # latents of the nearest density, of which one takes a partner's place
 
 
@@ -92,7 +93,7 @@ def pair_use(
     counts = _check(x, codes, decoder, pairs)
     check_n_null(n_null)
     pairs = pairs.long().cpu()
-    n, B = len(pairs), len(x)
+    B = len(x)
     active = (counts > 0).nonzero().squeeze(1)
     if len(active) < 3:
         raise ValueError("codes must have at least 3 active latents: the null gives a latent another partner")
@@ -101,40 +102,32 @@ def pair_use(
     place = torch.full((len(counts),), -1)
     place[latents] = torch.arange(len(latents))
     rows = decoder[latents.to(decoder.device)].float().cpu()
-    z = codes.values_of(latents.tolist()).float().cpu() * rows.norm(dim=1)
-    along = x.detach().float().cpu() @ normalize(rows, dim=1).T
-
-    def both_active(i: int, j: int) -> int:
-        return int(((z[:, place[i]] != 0) & (z[:, place[j]] != 0)).sum())
-
-    def explained_by(i: int, j: int) -> float:
-        first, second = place[i], place[j]
-        return _explained(along[:, first] - along[:, second], z[:, first] - z[:, second])
-
-    def alone(i: int, j: int) -> float:
-        axis = along[:, place[i]] - along[:, place[j]]
-        return max(_explained(axis, z[:, place[latent]]) for latent in (i, j))
-
+    z = codes.values_of(latents.tolist()).float().cpu().T.contiguous()
+    fires = z != 0
+    along = normalize(rows, dim=1) @ x.detach().float().cpu().T
+    # Everything about two latents follows from three tables of products; all pairs are columns of places in them.
+    met = _products(fires, fires)
+    moments = _Moments.of(along, rows.norm(dim=1, keepdim=True) * z)
+    places = place[pairs].T
+    both = met[places[0], places[1]]
     expected = counts[pairs].double().prod(1) / B
-    both = torch.tensor([both_active(i, j) for i, j in pairs.tolist()])
-    explained = samples(explained_by(i, j) for i, j in pairs.tolist())
-    singly = samples(alone(i, j) for i, j in pairs.tolist())
+    explained = moments.explained(places, places)
+    alone = torch.maximum(*(moments.explained(places, places[side : side + 1]) for side in (0, 1)))
     generator = torch.Generator().manual_seed(seed)
     permuted, other_together, other_explained = [], [], []
     for _ in range(n_null):
-        met = 0
-        for i, j in pairs.tolist():
-            order = torch.randperm(B, generator=generator)
-            met += int(((z[:, place[i]] != 0) & (z[order, place[j]] != 0)).sum())
-        permuted.append(met / float(expected.sum()) if expected.sum() > 0 else float("nan"))
-        drawn = [int(pool[torch.randint(len(pool), (1,), generator=generator)]) for pool in pools]
-        others = torch.stack([pairs[:, 0], torch.tensor(drawn)], 1)
-        apart = float(counts[others].double().prod(1).sum()) / B
-        other_together.append(sum(both_active(i, j) for i, j in others.tolist()) / apart if apart > 0 else float("nan"))
-        other_explained.append(sum(explained_by(i, j) for i, j in others.tolist()) / n)
+        mixed = [fires[j][torch.randperm(B, generator=generator)] for j in places[1].tolist()]
+        permuted.append(
+            _over(sum(float((fires[i] & some).sum()) for i, some in zip(places[0], mixed, strict=True)), expected)
+        )
+        drawn = torch.stack([pool[torch.randint(len(pool), (1,), generator=generator)] for pool in pools]).squeeze(1)
+        others = torch.stack([places[0], place[drawn]])
+        apart = counts[pairs[:, 0]].double() * counts[drawn] / B
+        other_together.append(_over(float(met[others[0], others[1]].sum()), apart))
+        other_explained.append(float(moments.explained(others, others).mean()))
     together = Result(
         "tokens on which both latents of a pair are active, over those of independent latents",
-        float(both.sum() / expected.sum()) if expected.sum() > 0 else float("nan"),
+        _over(float(both.sum()), expected),
         {"tokens permuted": samples(permuted), "another partner": samples(other_together)},
         tail="less",
     )
@@ -142,10 +135,10 @@ def pair_use(
         "share of the variance along a pair's axis that its two latents explain",
         float(explained.mean()),
         {"another partner": samples(other_explained)},
-        {"the better side alone": samples([float(singly.mean())])},
+        {"the better side alone": samples([float(alone.mean())])},
     )
     results = {"together": together, "explained": line}
-    return PairUse(results, pairs, counts[pairs], both, expected, explained, singly)
+    return PairUse(results, pairs, counts[pairs], both.long(), expected, explained, alone)
 
 
 @torch.no_grad()
@@ -192,11 +185,48 @@ def _nearest(counts: Tensor, active: Tensor, i: int, j: int) -> Tensor:
     return others[(counts[others] - counts[j]).abs().argsort(stable=True)[:_NEAR]]
 
 
-def _explained(axis: Tensor, code: Tensor) -> float:
-    """Squared correlation; 0 where one of the two does not vary."""
-    axis, code = (numbers.double() - numbers.double().mean() for numbers in (axis, code))
-    apart = float(axis.square().sum() * code.square().sum())
-    return float((axis * code).sum()) ** 2 / apart if apart > 0 else 0.0
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """Sums over the tokens of products of rows ``[m, B]``: ``[m, m]`` float64."""
+    parts = zip(first.split(_TOKENS, 1), second.split(_TOKENS, 1), strict=True)
+    return sum((a.double() @ b.double().T for a, b in parts), torch.zeros(len(first), len(second)).double())
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Second moments about the mean, of projections on m latents' rows and of what these latents write: ``[m, m]``."""
+
+    along: Tensor
+    written: Tensor
+    mixed: Tensor
+
+    @classmethod
+    def of(cls, along: Tensor, written: Tensor) -> _Moments:
+        along, written = (rows - rows.mean(1, keepdim=True) for rows in (along, written))
+        return cls(_products(along, along), _products(written, written), _products(along, written))
+
+    def explained(self, axis: Tensor, code: Tensor) -> Tensor:
+        """Squared correlation of the axes between latents ``[2, n]`` with what the code writes, ``[n]`` float64.
+
+        The code is a difference of two latents ``[2, n]``, or one latent ``[1, n]``. 0 where one of both does not vary.
+        """
+        apart = _spread(self.along, axis) * _spread(self.written, code)
+        towards = self.mixed[axis[0], code] - self.mixed[axis[1], code]
+        product = towards[0] - towards[1] if len(code) == 2 else towards[0]
+        return torch.where(apart > 0, product.square() / apart, 0)
+
+
+def _spread(moments: Tensor, latents: Tensor) -> Tensor:
+    """Second moment of the difference of two rows ``[2, n]``, or of one row ``[1, n]``; 0 within rounding."""
+    if len(latents) == 1:
+        return moments[latents[0], latents[0]]
+    i, j = latents
+    both = moments[i, i] + moments[j, j]
+    apart = both - 2 * moments[i, j]
+    return torch.where(apart > 1e-9 * both, apart, 0)
+
+
+def _over(met: float, expected: Tensor) -> float:
+    return met / float(expected.sum()) if expected.sum() > 0 else float("nan")
 
 
 def _check(x: Tensor, codes: sk.SparseCodes | sk.CSRCodes, decoder: Tensor, pairs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import sparsekern as sk
 from sparsekern.analysis.studies.options import SAEsOptions
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
+from sparsekern.modules import Activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,30 +80,54 @@ def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = Tr
         If the folder has SAEs of other options or activations.
     """
     assert options.latents is not None
-    assert options.saes is not None
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
     by_width: dict[int, list[Trained]] = {}
     for width in options.latents:
         by_width[width] = []
         for seed in range(options.seed, options.seed + options.seeds):
-            if progress:
-                print(f"{width:,} latents, seed {seed}:", file=sys.stderr, flush=True)
-            sae = _train(store, options, width, seed, options.saes / f"{width}-seed{seed}", device, progress)
-            by_width[width].append(_measured(sae.to("cpu"), seed, held_out.x))
+            by_width[width].append(train_one(store, options, width, seed, held_out, progress=progress))
     return TrainedSAEs(held_out, by_width)
 
 
+def train_one(
+    store: ActivationStore,
+    options: SAEsOptions,
+    width: int,
+    seed: int,
+    held_out: HeldOut,
+    activation: Activation | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train one SAE as :func:`train_saes` does, or load it: with an activation other than TopK, for a control.
+
+    Its folder has the name of that activation between the width and the seed.
+    """
+    assert options.saes is not None
+    kind = "" if activation is None else f"-{activation.name}"
+    if progress:
+        what = "" if activation is None else f" of {type(activation).__name__}"
+        print(f"{width:,} latents{what}, seed {seed}:", file=sys.stderr, flush=True)
+    folder = options.saes / f"{width}{kind}-seed{seed}"
+    sae = _train(store, options, width, seed, activation or sk.TopK(options.k), folder, progress)
+    return _measured(sae.to("cpu"), seed, held_out.x)
+
+
 def _train(
-    store: ActivationStore, options: SAEsOptions, width: int, seed: int, folder: Path, device: str, progress: bool
+    store: ActivationStore,
+    options: SAEsOptions,
+    width: int,
+    seed: int,
+    activation: Activation,
+    folder: Path,
+    progress: bool,
 ) -> sk.SAE:
     sae = sk.SAE(
         store.d,
         width,
-        sk.TopK(options.k),
+        activation,
         dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
         generator=torch.Generator().manual_seed(seed),
-        device=device,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     try:
         result = sk.train(
@@ -130,6 +155,6 @@ def _train(
 def _measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
     codes = sae.encode(x)
     assert isinstance(codes, sk.SparseCodes)
-    density = torch.bincount(codes.indices[codes.values > 0], minlength=sae.d_sae) / len(x)
+    density = codes.firing_counts() / len(x)
     error = (sae.decode(codes) - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
     return Trained(sae, seed, codes, density, float(error))
