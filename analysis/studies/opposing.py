@@ -217,9 +217,9 @@ def _pairs(page: Page, options: OpposingOptions, looked: dict[int, list[_Looked]
     page.text(
         f"""The **score** of a latent is the largest product of its encoder's and its decoder's cosine with another
 latent, over those with which both are negative: 0 where no latent opposes it, 1 where one is its exact opposite. A
-score of {options.tau:g} makes a pair; {_list(_WEAKER, "g")} are weaker, and still far from what random rows give.
-The *least cosine* of a latent is that of its decoder row with the row most opposed to it, whatever the encoder
-says."""
+score of {options.tau:g} makes a pair; {" and ".join(map(str, _WEAKER))} are weaker, and still far from what random
+rows give. The *least cosine* of a latent is that of its decoder row with the row most opposed to it, whatever the
+encoder says."""
     )
     header = ["latents", "largest score", f"pairs (score ≥ {options.tau:g})"]
     header += [f"latents of a score ≥ {score:g}" for score in _WEAKER] + ["mean least cosine"]
@@ -257,7 +257,7 @@ dictionary*: as many random rows. *Second moment*: random rows as unevenly sprea
 latents' are. *Signs flipped*: half of the latents turned around, which keeps every line and leaves half of the
 opposites; it asks whether opposites are more than crowded lines, and against a few pairs it can say little.
 *Encoder permuted*: whether encoder and decoder oppose each other in the same latents. A null looks at up to 1,024
-latents a sample, {drawn:,} in all or more, so it resolves shares of about {1 / drawn:.2%}; an entry of 0.00% means
+latents a sample, at least {drawn:,} in all, so it resolves shares of about {1 / drawn:.2%}; an entry of 0.00% means
 that none of them had the score.""",
         "\n".join(f"- {width:,} latents: {_uncapitalised(sentence(found[-1]))}" for width, found in results.items()),
     )
@@ -479,8 +479,8 @@ def _plot_axis(one: _Looked, x: Tensor, pair: list[int]) -> Any:
     along = (kept - x.mean(0)) @ normalize(rows[0] - rows[1], dim=0)
     axes = new_axes(6.5, 4)
     for what, where, color in (
-        (f"{pair[0]} active", (z[:, 0] != 0) & (z[:, 1] == 0), "C0"),
-        (f"{pair[1]} active", (z[:, 1] != 0) & (z[:, 0] == 0), "C3"),
+        (f"only latent {pair[0]}", (z[:, 0] != 0) & (z[:, 1] == 0), "C0"),
+        (f"only latent {pair[1]}", (z[:, 1] != 0) & (z[:, 0] == 0), "C3"),
         ("both", (z != 0).all(1), "k"),
         ("none", (z == 0).all(1), "0.6"),
     ):
