@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.studies.options import MoeOptions
+from sparsekern.analysis.studies.options import CanonicalOptions, MoeOptions, SplittingOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -486,6 +486,32 @@ def moe_command(
     from sparsekern.analysis.studies import moe
 
     _study(moe.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(CanonicalOptions, studies)
+def canonical_command(
+    options: CanonicalOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """Whether SAEs from different seeds find the same latents, by width; and what starting from these saves."""
+    from sparsekern.analysis.studies import canonical
+
+    _study(canonical.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(SplittingOptions, studies)
+def splitting_command(
+    options: SplittingOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """Which latents a wider SAE has for one of a narrower, and whether the same directions split them all."""
+    from sparsekern.analysis.studies import splitting
+
+    _study(splitting.study(_study_store(activations, output, overwrite), options, output))
 
 
 def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:

@@ -60,12 +60,12 @@ class SAEsOptions(Options):
     saes: Path | None = option(
         None, "folder of the SAEs; studies that name the same one train them once; by default `saes` in the output"
     )
-    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 4, 16 and 64 times the width")
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 2, 8 and 32 times the width")
     seeds: int = option(3, "SAEs of each width; they differ in their first weights only", at_least=2)
-    k: int = option(32, "active latents a token", at_least=1)
-    steps: int = option(300, "of each training", at_least=1)
-    batch_size: int = option(2048, "tokens a step", unit="tokens", at_least=2)
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    k: int = option(16, "active latents a token", at_least=1)
+    steps: int = option(2000, "of each training", at_least=1)
+    batch_size: int = option(512, "tokens a step", unit="tokens", at_least=2)
+    lr: float = option(2e-3, "peak learning rate", above=0)
     held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
     tokens: int = option(16384, "held-out tokens measured, at most", unit="tokens", at_least=16)
     n_null: int = option(10, "samples of each null", at_least=1)
@@ -75,7 +75,7 @@ class SAEsOptions(Options):
 
     def resolved(self: Studied, width: int, output: Path) -> Studied:
         """These options with what is unset, and what `quick` stands for, on activations of that width."""
-        widths = sorted(set(self.latents or (4 * width, 16 * width, 64 * width)))
+        widths = sorted(set(self.latents or (2 * width, 8 * width, 32 * width)))
         options = dataclasses.replace(self, latents=widths, saes=self.saes or output / "saes")
         if not self.quick:
             return options
@@ -92,3 +92,21 @@ class SAEsOptions(Options):
 
 
 Studied = TypeVar("Studied", bound=SAEsOptions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CanonicalOptions(SAEsOptions):
+    """Options of ``sparsekern study canonical``."""
+
+    method: str = option("sparse", "how latents are paired", choices=("hungarian", "sparse", "mnn"))
+    n_costly: int = option(2, "samples of each null of a matching, which costs as much as the matching", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplittingOptions(SAEsOptions):
+    """Options of ``sparsekern study splitting``."""
+
+    cos: float = option(0.5, "cosine above which a latent of the wider SAE is a child", above=0, below=1)
+    topics: int = option(12, "that the contexts are put into", at_least=2)
+    refit_steps: int = option(300, "of training on with a direction added", at_least=1)
+    n_costly: int = option(4, "samples of the nulls that cost a map, a decomposition or a training", at_least=1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ import sparsekern as sk
 from sparsekern.analysis.studies.options import SAEsOptions
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
+from sparsekern.files import write_json
+from sparsekern.modules.activations import Activation
+
+_STRONGEST = 8  # tokens of a latent whose words are told
+_SHARED = ("k", "steps", "batch_size", "lr", "held_out", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +49,13 @@ class Trained:
     def alive(self) -> Tensor:
         """Latents that are active on a held-out token, ``[d_sae]`` bool."""
         return self.density > 0
+
+    def words(self, store: ActivationStore, held_out: HeldOut, latent: int, count: int = 3) -> str:
+        """The words of the tokens on which a latent is most active, for a cell of a table."""
+        tokens, slots = ((self.codes.indices == latent) & (self.codes.values > 0)).nonzero(as_tuple=True)
+        strongest = tokens[self.codes.values[tokens, slots].argsort(descending=True, stable=True)[:_STRONGEST]]
+        words = [store.word_text(row).replace("|", "¦").replace("`", "ˋ") for row in held_out.rows[strongest].tolist()]
+        return ", ".join(f"`{word}` ×{n}" for word, n in Counter(words).most_common(count)) or "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,52 +95,78 @@ def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = Tr
     assert options.saes is not None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
+    _check_folder(store, options)
     by_width: dict[int, list[Trained]] = {}
     for width in options.latents:
         by_width[width] = []
         for seed in range(options.seed, options.seed + options.seeds):
-            if progress:
-                print(f"{width:,} latents, seed {seed}:", file=sys.stderr, flush=True)
-            sae = _train(store, options, width, seed, options.saes / f"{width}-seed{seed}", device, progress)
-            by_width[width].append(_measured(sae.to("cpu"), seed, held_out.x))
+            sae = train_sae(store, options, f"{width}-seed{seed}", width, sk.TopK(options.k), seed, device, progress)
+            by_width[width].append(measured(sae, seed, held_out.x))
     return TrainedSAEs(held_out, by_width)
 
 
-def _train(
-    store: ActivationStore, options: SAEsOptions, width: int, seed: int, folder: Path, device: str, progress: bool
+def train_sae(
+    store: ActivationStore,
+    options: SAEsOptions,
+    name: str,
+    width: int,
+    activation: Activation,
+    seed: int,
+    device: str,
+    progress: bool,
 ) -> sk.SAE:
+    """Train the SAE of that name, go on with its training, or load it; on the CPU, for evaluation."""
+    assert options.saes is not None
+    folder = options.saes / name
+    if (folder / "summary.json").is_file():
+        return sk.SAE.from_pretrained(folder / "sae").eval()
+    if progress:
+        print(f"{name}:", file=sys.stderr, flush=True)
     sae = sk.SAE(
         store.d,
         width,
-        sk.TopK(options.k),
+        activation,
         dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
         generator=torch.Generator().manual_seed(seed),
         device=device,
     )
-    try:
-        result = sk.train(
-            sae,
-            store,
-            output=folder,
-            resume=(folder / "checkpoints").is_dir(),
-            progress=progress,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            held_out=options.held_out,
-            seed=options.seed,
-            eval_every=options.steps,
-            checkpoint_every=options.steps,
-            keep_checkpoints=1,
-            eval_tokens=options.tokens,
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder} has a training of other options or activations ({error}): name another") from error
-    return result.sae
+    result = sk.train(
+        sae,
+        store,
+        output=folder,
+        resume=(folder / "checkpoints").is_dir(),
+        progress=progress,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        held_out=options.held_out,
+        seed=options.seed,
+        eval_every=options.steps,
+        checkpoint_every=options.steps,
+        keep_checkpoints=1,
+        eval_tokens=options.tokens,
+    )
+    return result.sae.to("cpu")
+
+
+def _check_folder(store: ActivationStore, options: SAEsOptions) -> None:
+    """Write down what the SAEs of the folder were trained with; raise if it is something else."""
+    assert options.saes is not None
+    wanted = {name: getattr(options, name) for name in _SHARED} | {"tokens": store.tokens, "source": store.source}
+    path = options.saes / "saes.json"
+    if not path.is_file():
+        options.saes.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+        return
+    found = json.loads(path.read_text())
+    other = [f"{name} {found.get(name)!r}" for name, value in wanted.items() if found.get(name) != value]
+    if other:
+        raise ValueError(f"saes must name a folder of SAEs of these options; those in {options.saes} have {other[0]}")
 
 
 @torch.no_grad()
-def _measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
+def measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
+    """What `sae` does on the held-out tokens `x`."""
     codes = sae.encode(x)
     assert isinstance(codes, sk.SparseCodes)
     density = torch.bincount(codes.indices[codes.values > 0], minlength=sae.d_sae) / len(x)
