@@ -144,7 +144,8 @@ def match(
     threshold : float
         Least cosine of shared latents.
     n_null : int
-        Samples of each null; each costs as much as the matching.
+        Samples of each null; each costs as much as the matching, about a minute of CPU time for "sparse" with 131,072
+        latents of 384 dimensions a side.
     seed : int
         Determines the nulls.
 
