@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.studies.options import CanonicalOptions, MoeOptions, SplittingOptions
+from sparsekern.analysis.studies.options import CanonicalOptions, MoeOptions, SplittingOptions, ToyOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -514,10 +514,28 @@ def splitting_command(
     _study(splitting.study(_study_store(activations, output, overwrite), options, output))
 
 
-def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
-    """The store of a study, once it is clear that nothing in `output` is lost."""
+@command(ToyOptions, studies)
+def toy_command(
+    options: ToyOptions,
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """What SAEs do where the features are known: splitting, manifolds, absorption, hedging, a wrong L0, bigrams."""
+    from sparsekern.analysis.studies import toy
+
+    _check_output(output, overwrite)
+    _study(toy.study(options, output))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise where a study would be lost."""
     if (output / "page.md").exists() and not overwrite:
         raise ValueError(f"{output} holds a study already; overwrite it, or choose another folder")
+
+
+def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
+    """The store of a study, once it is clear that nothing in `output` is lost."""
+    _check_output(output, overwrite)
     return ActivationStore(activations)
 
 

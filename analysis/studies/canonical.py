@@ -22,6 +22,8 @@ from sparsekern.progress import Progress
 _EXAMPLES = 8  # latents of each kind whose tokens are shown
 _LEAST = 8  # tokens on which they must be active
 _BINS = 6  # of the density
+_NEAR = 0.7  # least cosine of shared latents
+_CURVE = 4096  # tokens of a point on the curve of a training
 
 
 def study(store: ActivationStore, options: CanonicalOptions, output: Path, progress: bool = True) -> list[Path]:
@@ -48,7 +50,7 @@ def study(store: ActivationStore, options: CanonicalOptions, output: Path, progr
         "another order, would make them differ more.\n"
         "- A latent that only one seed has may still be right: what both seeds miss is not seen at all, and two seeds "
         "can make the same mistake.\n"
-        "- The threshold of 0.7 is a convention. The histograms show how much depends on it.\n"
+        f"- The threshold of {_NEAR:g} is a convention. The histograms show how much depends on it.\n"
         "- Few steps of training: latents that would converge later count as different here."
     )
     return page.write(options, store)
@@ -91,6 +93,7 @@ def _matched(page: Page, trained: TrainedSAEs, options: CanonicalOptions, progre
                         options.method,
                         alive1=one.alive,
                         alive2=two.alive,
+                        threshold=_NEAR,
                         n_null=n_null,
                         seed=options.seed,
                     )
@@ -111,18 +114,22 @@ def _matched(page: Page, trained: TrainedSAEs, options: CanonicalOptions, progre
         rows.append(
             [
                 f"{width:,}",
-                *(_both([m.results[name] for m in found]) for name in ("shared", "cosine")),
+                _both([m.results["shared"] for m in found]),
+                ", ".join(f"{(m.cos_dec[m.alive1] >= _NEAR).double().mean():.3f}" for m in found),
+                _both([m.results["cosine"] for m in found]),
                 _both([nearest[width]["of_first"]]),
             ]
         )
-    page.table(["latents", "shared", "mean cosine of partners", "mean largest cosine"], rows)
+    header = ["latents", "shared", "shared by decoder alone", "mean cosine of partners", "mean largest cosine"]
+    page.table(header, rows)
     page.text(
         "Latents of two SAEs are made partners one to one, such that the cosines of the directions that they write "
-        "(decoder rows) add up to the most, and once more by the directions that they read (encoder rows). **Shared** "
-        "are latents for which both ways find the same partner, at cosines of at least 0.7. The largest cosine asks "
-        "for the nearest latent of the other SAE, whoever else is near it. "
-        f"Every cell has the values of the pairs of seeds ({len(pairs)}; the largest cosine: one pair) and in brackets "
-        "the highest sample of the nulls: a random dictionary, and the second SAE with its coordinates permuted.",
+        "(decoder rows) add up to the most, and once more by the directions that they read (encoder rows). "
+        f"**Shared** are latents for which both ways find the same partner, at cosines of at least {_NEAR:g}; *by "
+        f"decoder alone* asks for a decoder cosine of {_NEAR:g} only. The largest cosine asks for the nearest latent "
+        f"of the other SAE, whoever else is near it. Every cell has the values of the pairs of seeds ({len(pairs)}; "
+        "the largest cosine: one pair) and in brackets the highest sample of the nulls: a random dictionary, and the "
+        "second SAE with its coordinates permuted.",
         _trend(matchings),
     )
     figure, panels = new_panels(len(matchings))
@@ -287,8 +294,8 @@ def _warm_start(
     known = CanonicalRows.of(trained.by_width[width][0].sae, found.shared)
     training = store.split(options.held_out, options.seed)[0]
     seed = options.seed + options.seeds  # weights and an order of the tokens that no SAE has seen
-    every = max(1, options.steps // 30)
-    steps = options.steps // every * every
+    every = max(1, options.steps // 60)
+    steps = max(every, options.steps // 2 // every * every)
 
     def make() -> sk.SAE:
         return sk.SAE(store.d, width, sk.TopK(options.k), generator=torch.Generator().manual_seed(seed))
@@ -297,7 +304,7 @@ def _warm_start(
         make,
         known,
         lambda: iter(ActivationLoader(training, options.batch_size, seed=seed)),
-        trained.held_out.x,
+        trained.held_out.x[:_CURVE],
         steps=steps,
         early=max(every, steps // 5 // every * every),
         every=every,
@@ -312,6 +319,6 @@ def _warm_start(
         "null, in which the copied latents have their coordinates permuted."
     )
     page.picture("warm_start", saving.plot(), "FVU on held-out tokens while SAEs train from different starts")
-    page.text(*(f"- {sentence(result)}" for result in saving.results.values()), markdown(saving.results.values()))
+    page.text(markdown(saving.results.values()))
     page.record(warm_start={"copied": saving.copied, "fvu": {k: v.tolist() for k, v in saving.fvu.items()}})
     page.record(warm_start_results=saving.results)

@@ -108,5 +108,29 @@ class SplittingOptions(SAEsOptions):
 
     cos: float = option(0.5, "cosine above which a latent of the wider SAE is a child", above=0, below=1)
     topics: int = option(12, "that the contexts are put into", at_least=2)
-    refit_steps: int = option(300, "of training on with a direction added", at_least=1)
+    parents: int = option(300, "of the most frequent ones whose children are compared by topic", at_least=2)
+    refit_steps: int = option(200, "of training on with a direction added", at_least=1)
     n_costly: int = option(4, "samples of the nulls that cost a map, a decomposition or a training", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions(Options):
+    """Options of ``sparsekern study toy``."""
+
+    seeds: int = option(3, "of each toy", at_least=1)
+    n_null: int = option(50, "samples of each null that costs no training", at_least=1)
+    law_steps: int = option(150, "of each training for the splitting law", at_least=1)
+    manifold_steps: int = option(150, "of each training on points and manifolds", at_least=1)
+    absorption_steps: int = option(1000, "of each training for absorption", at_least=1)
+    bigrams: bool = option(True, "train networks on bigrams too, which takes the longest")
+    bigram_steps: int = option(150, "of each SAE on bigrams", at_least=1)
+    seed: int = option(0, "the first of the seeds", at_least=0)
+    quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
+
+    def resolved(self) -> ToyOptions:
+        """These options with what `quick` stands for."""
+        if not self.quick:
+            return self
+        return dataclasses.replace(
+            self, seeds=1, n_null=3, law_steps=5, manifold_steps=5, absorption_steps=5, bigram_steps=5
+        )

@@ -31,7 +31,7 @@ from sparsekern.progress import Progress
 _LEAST = 5  # tokens on which a child must be active to have a topic
 _PARENTS = 8  # shown with their children
 _CHILDREN = 4  # shown of each
-_METHODS = ("pca", "ica", "nmf", "sae")
+_METHODS = ("pca", "nmf", "sae")  # ICA explains what PCA does
 _FACTORS = 8  # directions of a decomposition
 
 
@@ -158,7 +158,7 @@ def _topics(page: Page, trained: TrainedSAEs, found: SplitMap, options: Splittin
     topics = _topics_of(held_out, options)
     small, large = (trained.by_width[width][0] for width in trained.widths[-2:])
     children = _children_by_topic(found, large, topics, options.topics)
-    kept = (children >= 0).sum(1) >= 2
+    kept = _frequent((children >= 0).sum(1) >= 2, small.density, options.parents)
     if int(kept.sum()) < 2:
         page.text("Too few latents have children of different topics to tell.")
         return None
@@ -174,7 +174,7 @@ def _topics(page: Page, trained: TrainedSAEs, found: SplitMap, options: Splittin
     for _ in range(options.n_null):
         shuffled = _permuted_contexts(topics, held_out.contexts, generator)
         again = _children_by_topic(found, large, shuffled, options.topics)
-        some = (again >= 0).sum(1) >= 2
+        some = _frequent((again >= 0).sum(1) >= 2, small.density, options.parents)
         drawn.append(
             parallelogram(_offsets_of(rows, parents, again[some], some.nonzero().squeeze(1)), n_null=0).results
         )
@@ -192,19 +192,26 @@ def _topics(page: Page, trained: TrainedSAEs, found: SplitMap, options: Splittin
         f"The contexts were put into {options.topics} topics by k-means of their mean activations "
         f"({int(counts.min()):,} to {int(counts.max()):,} tokens a topic). A child's topic is the one that its tokens "
         "have more of than its parent's, and **offset** is what the child's direction has that its parent's has not. "
-        f"{int(kept.sum())} latents have children of two topics or more, {int((children[kept] >= 0).sum())} offsets in "
-        "all. If a topic moves every latent in the same direction, offsets of one topic under different latents are "
-        "alike, and parents and children are corners of parallelograms: the **gap**, the cosine of offsets of the same "
-        "topic less that of different ones, is above 0.",
+        f"Here are the {int(kept.sum())} most frequent latents that have children of two topics or more, with "
+        f"{int((children[kept] >= 0).sum())} offsets in all. If a topic moves every latent in the same direction, "
+        "offsets of one topic under different latents are alike, and parents and children are corners of "
+        "parallelograms: the **gap**, the cosine of offsets of the same topic less that of different ones, is above "
+        "0.",
         "Nulls: the topics permuted among a parent's children; each parent's offsets turned at random; and the topics "
         "permuted among the contexts, with children chosen anew. Control: the same for the activations themselves, the "
         "mean over a parent's tokens of one topic less the mean over all its tokens.",
-        *(f"- {sentence(result)}" for result in results.values()),
+        sentence(results["gap"]),
         markdown(results.values()),
     )
     page.picture("topics", measured.plot(), "How alike the offsets of each topic are under different latents")
     page.record(topics=results)
     return _Offsets(offsets, measured.by_topic)
+
+
+def _frequent(chosen: Tensor, density: Tensor, most: int) -> Tensor:
+    """The most frequent of the chosen latents, as a mask like `chosen`."""
+    order = torch.where(chosen, density, -1.0).argsort(descending=True, stable=True)[:most]
+    return torch.zeros_like(chosen).index_fill_(0, order, True) & chosen
 
 
 def _topics_of(held_out: HeldOut, options: SplittingOptions) -> Tensor:
@@ -277,8 +284,8 @@ def _factors(page: Page, found: _Offsets, options: SplittingOptions, progress: b
     results: dict[str, Result] = {}
     with Progress("factors", len(_METHODS), unit="decompositions", shown=progress) as bar:
         for method in _METHODS:
-            result = factor_directions(rows, method, r, n_null=options.n_costly, seed=options.seed).results["explained"]
-            results[method] = dataclasses.replace(result, name=f"{method.upper()}: {result.name}")
+            factors = factor_directions(rows, method, r, n_null=options.n_costly, seed=options.seed)
+            results[method] = factors.results["explained"]
             bar.update(len(results))
     topics = torch.arange(there.shape[1]).expand_as(there)[there]
     page.section("Are there a few directions along which latents split?")
