@@ -278,7 +278,7 @@ def bigram_splitting(
     widths: Sequence[int] = (12, 24, 40),
     l1: Sequence[float] = (0.03, 0.3),
     start: str = "parts",
-    worlds: int = 3,
+    worlds: int = 2,
     steps: int = 150,
     lr: float = 1e-2,
     batch_size: int = 128,
