@@ -227,7 +227,9 @@ class BigramSplitting:
         for (column, width), (row, l1) in product(enumerate(self.widths), enumerate(self.l1)):
             look = {"color": f"C{column + 2}", "ls": styles[row % len(styles)], "marker": "o", "ms": 4}
             axes.plot(at, share[0, :, column, row].tolist(), label=f"{width} latents, λ = {l1:g}", **look)
-        self._draw_beside(axes, share.flatten(2).nanmean(2), "composites", ("random latents",), ", mean")
+        mean = share.flatten(2).nanmean(2)
+        axes.plot(at, mean[0].tolist(), color="C0", lw=3, label="trained, mean")
+        self._draw_beside(axes, mean, "composites", ("random latents",), ", mean")
         axes.set(ylabel="composites among alive latents", ylim=(-0.02, 1.02))
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return axes
@@ -242,7 +244,8 @@ class BigramSplitting:
                 range(len(self.rhos)), nats[0, :, column].tolist(), "o", ls=style, color=f"C{2 * column}", label=label
             )
         self._draw_beside(axes, nats[..., 0], "kl", _OTHERS, ": parent")
-        axes.set(ylabel="nats, with a composite replaced by …", ylim=(0, None))
+        axes.set(ylabel="nats, with a composite replaced by …")
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return axes
 
@@ -528,10 +531,12 @@ def _replaced(
 ) -> tuple[Tensor, Tensor]:
     """Mean nats over composites with each of the replacements ``[3]``, and with random ones ``[2, n_null]``."""
     if not len(composites):
-        return torch.full((3,), torch.nan), torch.full((2, n_null), torch.nan)
+        return samples([torch.nan] * 3), torch.full((len(_OTHERS), n_null), torch.nan, dtype=torch.float64)
+    # In float64: what a small write does would be lost to rounding.
+    x, net, decoder = x.double(), _Net(*(tensor.double() for tensor in net)), sae.W_dec.double()
     strength, pair = z[:, composites].max(0)
     token, context = pair // toy.contexts, pair % toy.contexts
-    write = strength[:, None] * sae.W_dec[composites]
+    write = strength[:, None] * decoder[composites]
     rest, clean = x[pair] - write, net.log_p(x[pair]).exp()
 
     def nats(directions: Tensor) -> Tensor:
@@ -543,21 +548,20 @@ def _replaced(
     of_tokens, of_contexts = _means(x - sae.b_dec, toy)
     own = nats(torch.stack([of_tokens[token], of_contexts[context], torch.zeros_like(write)], 1))
     drawn = []
-    for directions, taken in ((sae.W_dec[alive], torch.searchsorted(alive, composites)), (of_tokens, token)):
-        count = len(directions)
-        if count < 2:
-            drawn.append(torch.full((n_null,), torch.nan))
+    for directions, taken in ((decoder[alive], torch.searchsorted(alive, composites)), (of_tokens, token)):
+        if len(directions) < 2:
+            drawn.append(samples([torch.nan] * n_null))
             continue
-        away = torch.randint(1, count, (len(composites), n_null), generator=null)
+        away = torch.randint(1, len(directions), (len(composites), n_null), generator=null)
         of_all = nats(directions.expand(len(composites), -1, -1))
-        drawn.append(of_all.gather(1, (taken[:, None] + away) % count).mean(0))
+        drawn.append(of_all.gather(1, (taken[:, None] + away) % len(directions)).mean(0))
     return own.mean(0), torch.stack(drawn)
 
 
 def _random_share(x: Tensor, active: Tensor, toy: Bigrams, n_null: int, null: torch.Generator) -> Tensor:
     """Share of composites among random directions, active in as many pairs as `active` says: ``[n_null]``."""
     if not len(active):
-        return torch.full((n_null,), torch.nan)
+        return samples([torch.nan] * n_null)
     products = x @ torch.randn(x.shape[1], n_null * len(active), generator=null)
     least = products.sort(0, descending=True).values.gather(0, active.clamp(max=len(x) - 1).repeat(n_null)[None])
     kinds = _kinds(relu(products - least).T.reshape(-1, toy.tokens, toy.contexts))
