@@ -73,6 +73,7 @@ def test_worlds_of_one_generator_differ_in_rho_only():
 
 
 @given(st.integers(3, 7), st.integers(3, 6), st.integers(0, 2**31), st.floats(0.1, 100), st.floats(-5, 5))
+@settings(max_examples=20, deadline=None)
 def test_shares_of_planted_responses(tokens, contexts, seed, factor, offset):
     draw = generator(seed)
     of_token, of_context = torch.rand(tokens, 1, generator=draw), torch.rand(1, contexts, generator=draw)
@@ -176,33 +177,33 @@ def test_a_parent_says_what_the_output_reads_of_the_token_and_nothing_else():
 
 # Nets and SAEs that are trained
 
-SMALL = {"rhos": (0.0, 1.0), "widths": (24,), "l1": (0.1,), "worlds": 1, "net_steps": 250, "steps": 50, "n_null": 20}
+SMALL = {"rhos": (0.0, 1.0), "widths": (24,), "l1": (0.1,), "worlds": 1, "net_steps": 250, "steps": 40, "n_null": 20}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_outputs_need_composites_only_where_they_disagree(seed):
     found = toy.bigram_splitting(seed, **SMALL)
-    assert found.net_kl[:2].max() < 0.1
+    assert found.net_kl[:2].max() < 0.05  # 0.01 to 0.03
     low, high = found.results["kl_0"], found.results["kl_1"]
-    assert low.value > 0.2
-    assert high.value < 0.05
+    assert low.value > 0.3  # 0.49 to 0.78 over eight seeds
+    assert high.value < 0.03  # 0.00 to 0.01
     assert low.p == high.p == pytest.approx(1 / 21)
-    assert float(low.controls["shuffled context"]) < 0.05
-    assert found.results["kept"].value < -0.4
+    assert float(low.controls["shuffled context"]) < 0.03  # 0.00
+    assert found.results["kept"].value < -0.5  # −0.89 to −0.63
     # Where the net does not need the context it keeps less of it, and less than it began with.
     context = found.hidden[:, 0, :, 1:].sum(2)
-    assert context[0, 1] < 0.6 * context[2, 0]
-    assert context[0, 0] > 1.5 * context[0, 1]
+    assert context[0, 1] < 0.7 * context[2, 0]  # 0.32 to 0.53
+    assert context[0, 0] > 1.5 * context[0, 1]  # 2.0 to 4.3
     torch.testing.assert_close(found.hidden.sum(3), torch.ones(3, 1, 2, dtype=torch.float64))
     # An untrained net has composites too, so they show nothing by themselves.
-    assert found.counts[2, ..., 2].min() > 5
+    assert found.counts[2, ..., 2].min() > 8  # 13 to 15 of 24
     assert found.results["composites_0"].value < float(found.results["composites_0"].null.min())
 
 
 def test_a_run_has_its_tables_and_its_seed():
-    options = {**SMALL, "rhos": (0.0, 0.5, 1.0), "l1": (0.1, 0.3), "worlds": 2, "net_steps": 20, "steps": 2}
+    options = {**SMALL, "l1": (0.1, 0.3), "worlds": 2, "net_steps": 20, "steps": 2}
     found, again = (toy.bigram_splitting(3, **options, progress=progress) for progress in (True, False))
-    shape = (3, 2, 3, 1, 2)
+    shape = (3, 2, 2, 1, 2)
     assert found.counts.shape == (*shape, 3)
     assert found.kl.shape == (*shape, 3)
     for name in ("counts", "alive", "mass", "pairs", "kl", "fvu", "l0", "hidden", "net_kl"):
@@ -214,11 +215,11 @@ def test_a_run_has_its_tables_and_its_seed():
         for null, drawn in result.nulls.items():
             assert drawn.shape == (20,)
             torch.testing.assert_close(drawn, again.results[name].nulls[null], equal_nan=True)
-    torch.testing.assert_close(found.hidden[0, :, 2], found.hidden[1, :, 2])  # nothing to shuffle at ρ = 1
-    torch.testing.assert_close(found.counts[2, :, 0], found.counts[2, :, 2])
+    torch.testing.assert_close(found.hidden[0, :, 1], found.hidden[1, :, 1])  # nothing to shuffle at ρ = 1
+    torch.testing.assert_close(found.counts[2, :, 0], found.counts[2, :, 1])
     assert (found.counts.sum(-1) <= found.alive).all()
     records = found.to_records()
-    assert len(records) == 36
+    assert len(records) == 24
     assert records[-1]["net"] == "untrained"
     assert records[1]["l1"] == 0.3
     assert records[1]["composite"] == found.counts[0, 0, 0, 0, 1, 2]
