@@ -69,6 +69,7 @@ class SAEsOptions(Options):
     held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
     tokens: int = option(16384, "held-out tokens measured, at most", unit="tokens", at_least=16)
     n_null: int = option(10, "samples of each null", at_least=1)
+    n_costly: int = option(3, "samples of nulls that cost as much as a matching or a training", at_least=1)
     seed: int = option(0, "seed of the first SAE, the split, the batches and the nulls", at_least=0)
     device: str | None = option(None, "where to train; by default a GPU if there is one")
     quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
@@ -88,6 +89,7 @@ class SAEsOptions(Options):
             batch_size=128,
             tokens=min(self.tokens, 1024),
             n_null=2,
+            n_costly=1,
         )
 
 
@@ -99,7 +101,6 @@ class CanonicalOptions(SAEsOptions):
     """Options of ``sparsekern study canonical``."""
 
     method: str = option("sparse", "how latents are paired", choices=("hungarian", "sparse", "mnn"))
-    n_costly: int = option(2, "samples of each null of a matching, which costs as much as the matching", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,6 @@ class SplittingOptions(SAEsOptions):
     topics: int = option(12, "that the contexts are put into", at_least=2)
     parents: int = option(300, "of the most frequent ones whose children are compared by topic", at_least=2)
     refit_steps: int = option(200, "of training on with a direction added", at_least=1)
-    n_costly: int = option(4, "samples of the nulls that cost a map, a decomposition or a training", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -200,7 +200,7 @@ class BigramSplitting:
 
     def to_records(self) -> list[dict[str, Any]]:
         """One plain dict for each SAE."""
-        axes = (NETS, range(self.counts.shape[1]), self.rhos, self.widths, self.l1)
+        axes: tuple[Sequence[Any], ...] = (NETS, range(self.counts.shape[1]), self.rhos, self.widths, self.l1)
         records = []
         for place in product(*(range(len(axis)) for axis in axes)):
             net, world, rho, width, l1 = (axis[index] for axis, index in zip(axes, place, strict=True))
