@@ -32,12 +32,17 @@ def study(options: ToyOptions, output: Path, progress: bool = True) -> list[Path
         HOW_TO_READ,
     )
     sections: list[Callable[[Page, ToyOptions], None]] = [_law, _manifold, _absorption, _hedging, _wrong_l0]
-    with Progress("toys", len(sections), unit="toys", shown=progress) as bar:
-        for done, section in enumerate(sections, start=1):
-            section(page, options)
-            bar.update(done)
-    if options.bigrams:
-        _bigrams(page, options, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with matrices this small a second thread costs more than it does
+    try:
+        with Progress("toys", len(sections), unit="toys", shown=progress) as bar:
+            for done, section in enumerate(sections, start=1):
+                section(page, options)
+                bar.update(done)
+        if options.bigrams:
+            _bigrams(page, options, progress)
+    finally:
+        torch.set_num_threads(threads)
     page.section("What this cannot tell")
     page.text(
         "- Whether a real model has such features: the toys show what a loss does with them if it has.\n"
@@ -217,10 +222,15 @@ def _extreme(results: list[Result]) -> str:
     """The values of all seeds, and of all their nulls the sample that is furthest out on the side of the values."""
     values = [result.value for result in results]
     nulls = torch.cat([numbers.double() for result in results for numbers in result.nulls.values()])
-    shown = ", ".join(f"{value:.2f}" for value in values)
+    shown = ", ".join(_hundredths(value) for value in values)
     nulls = nulls[~nulls.isnan()]
-    return f"{shown} ({nulls.max() if sum(values) >= 0 else nulls.min():.2f})" if len(nulls) else shown
+    furthest = nulls.max if sum(values) >= 0 else nulls.min
+    return f"{shown} ({_hundredths(float(furthest()))})" if len(nulls) else shown
 
 
 def _matrix(table: Tensor) -> str:
-    return "; ".join(" ".join(f"{number:.2f}" for number in row) for row in table.tolist())
+    return "; ".join(" ".join(_hundredths(number) for number in row) for row in table.tolist())
+
+
+def _hundredths(number: float) -> str:
+    return f"{round(number, 2) + 0.0:.2f}"  # never −0.00
