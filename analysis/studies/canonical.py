@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from torch import Tensor
 import sparsekern as sk
 from sparsekern.analysis.canonical import Matching, match, match_by_activation, mmcs
 from sparsekern.analysis.results import Result, markdown, new_axes, new_panels, null_generator, samples
-from sparsekern.analysis.similarity import cka, rsa, svcca
+from sparsekern.analysis.similarity import cka, procrustes_transfer, rsa, svcca
 from sparsekern.analysis.studies.options import CanonicalOptions
 from sparsekern.analysis.studies.page import HOW_TO_READ, Page, sentence, source_of
-from sparsekern.analysis.studies.saes import TrainedSAEs, train_saes
+from sparsekern.analysis.studies.saes import TrainedSAEs, check_folder, measured, train_sae, train_saes
+from sparsekern.analysis.tokens import HeldOut
 from sparsekern.analysis.warm_start import CanonicalRows, compare_starts
 from sparsekern.data import ActivationLoader, ActivationStore
 from sparsekern.progress import Progress
@@ -32,7 +34,7 @@ def study(store: ActivationStore, options: CanonicalOptions, output: Path, progr
     Raises
     ------
     ValueError
-        If the folder of the SAEs has some of other options.
+        If the folder of the SAEs has some of other options, or `other` has other tokens.
     """
     options = options.resolved(store.d, output)
     new_axes()  # a missing matplotlib is found before the training
@@ -43,6 +45,7 @@ def study(store: ActivationStore, options: CanonicalOptions, output: Path, progr
     _frequency(page, trained, matchings, options)
     _examples(page, store, trained, matchings)
     _by_activation(page, trained, matchings, options)
+    _other(page, store, trained, options, progress)
     _warm_start(page, store, trained, matchings, options, progress)
     page.section("What this cannot tell")
     page.text(
@@ -275,6 +278,48 @@ def _by_activation(
         "of the null; seeds 0 and 1. The last column: how many of these partners the weights chose as well."
     )
     page.record(by_activation=results)
+
+
+def _other(page: Page, store: ActivationStore, trained: TrainedSAEs, options: CanonicalOptions, progress: bool) -> None:
+    """The SAE of middle width beside one that is trained on another store of the same tokens."""
+    if options.other is None:
+        return
+    other = ActivationStore(options.other)
+    if other.d != store.d or not torch.equal(other.token_ids, store.token_ids):
+        raise ValueError(
+            f"other must hold the tokens of the activations, in their order and width, got {options.other}"
+        )
+    width = trained.widths[len(trained.widths) // 2]
+    one = trained.by_width[width][0]
+    x = HeldOut.of(other, options.held_out, options.seed, options.tokens).x
+    assert options.saes is not None
+    apart = dataclasses.replace(options, saes=options.saes / "other")
+    check_folder(other, apart)
+    sae = train_sae(other, apart, f"{width}-seed{options.seed}", width, sk.TopK(options.k), options.seed, progress)
+    two = measured(sae, options.seed, x)
+    found = match_by_activation(one.codes, two.codes, n_null=options.n_costly, seed=options.seed)
+    i, j = found.pairs()
+    X, Y = one.sae.W_dec.detach()[i], two.sae.W_dec.detach()[j]
+    kept = {"n_null": options.n_null, "seed": options.seed}
+    results = [*found.results.values(), svcca(X, Y, **kept), rsa(X, Y, **kept), cka(X, Y, **kept)]
+    transfers = [
+        procrustes_transfer(one.sae, trained.held_out.x, x, n_null=options.n_costly, seed=options.seed),
+        procrustes_transfer(two.sae, x, trained.held_out.x, n_null=options.n_costly, seed=options.seed),
+    ]
+    page.section("Other activations of the same tokens")
+    page.text(
+        f"Beside them: {source_of(other)}. An SAE of {width:,} latents was trained on these in the same way (FVU "
+        f"{two.fvu:.4f}); partners are again latents whose activations correlate.",
+        markdown(results),
+        "Whether one SAE serves both: the explained variance of the first one on the other activations, as they are, "
+        "moved to its mean, and moved and turned by the rotation that fits half of the tokens best (orthogonal "
+        "Procrustes), measured on the other half. Control: its own activations. Nulls: a random rotation, and one that "
+        "was fitted to tokens permuted. High cosines without a rotation say little where this is low.",
+        markdown(transfers[0].results.values()),
+        "And the other way round:",
+        markdown(transfers[1].results.values()),
+    )
+    page.record(other={"source": other.source, "by_activation": results, "transfer": [t.results for t in transfers]})
 
 
 def _warm_start(

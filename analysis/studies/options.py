@@ -100,6 +100,7 @@ Studied = TypeVar("Studied", bound=SAEsOptions)
 class CanonicalOptions(SAEsOptions):
     """Options of ``sparsekern study canonical``."""
 
+    other: Path | None = option(None, "another store of the same tokens, such as another layer, to compare with")
     method: str = option("sparse", "how latents are paired", choices=("hungarian", "sparse", "mnn"))
 
 

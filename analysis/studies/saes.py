@@ -93,14 +93,13 @@ def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = Tr
     """
     assert options.latents is not None
     assert options.saes is not None
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
-    _check_folder(store, options)
+    check_folder(store, options)
     by_width: dict[int, list[Trained]] = {}
     for width in options.latents:
         by_width[width] = []
         for seed in range(options.seed, options.seed + options.seeds):
-            sae = train_sae(store, options, f"{width}-seed{seed}", width, sk.TopK(options.k), seed, device, progress)
+            sae = train_sae(store, options, f"{width}-seed{seed}", width, sk.TopK(options.k), seed, progress)
             by_width[width].append(measured(sae, seed, held_out.x))
     return TrainedSAEs(held_out, by_width)
 
@@ -112,7 +111,6 @@ def train_sae(
     width: int,
     activation: Activation,
     seed: int,
-    device: str,
     progress: bool,
 ) -> sk.SAE:
     """Train the SAE of that name, go on with its training, or load it; on the CPU, for evaluation."""
@@ -128,7 +126,7 @@ def train_sae(
         activation,
         dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
         generator=torch.Generator().manual_seed(seed),
-        device=device,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     result = sk.train(
         sae,
@@ -149,7 +147,7 @@ def train_sae(
     return result.sae.to("cpu")
 
 
-def _check_folder(store: ActivationStore, options: SAEsOptions) -> None:
+def check_folder(store: ActivationStore, options: SAEsOptions) -> None:
     """Write down what the SAEs of the folder were trained with; raise if it is something else."""
     assert options.saes is not None
     wanted = {name: getattr(options, name) for name in _SHARED} | {"tokens": store.tokens, "source": store.source}

@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from sparsekern.analysis.studies.canonical import _frequent_are_shared, study
 from sparsekern.analysis.studies.options import CanonicalOptions
+from sparsekern.data import StoreWriter
 
 
 def test_a_quick_study_writes_a_page_pictures_and_numbers(store, tmp_path):
@@ -42,3 +43,23 @@ def test_frequent_latents_are_shared_by_the_area_under_the_curve():
     assert result.null.mean() == pytest.approx(0.5, abs=0.03)
     alone = _frequent_are_shared(density, torch.zeros(200, dtype=torch.bool), 200, CanonicalOptions())
     assert alone.value != alone.value
+
+
+def test_other_activations_of_the_same_tokens_can_be_compared(store, tmp_path):
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
+    lengths = store.context_bounds.diff().tolist()
+    for name, ids in (("turned", store.token_ids), ("strange", store.token_ids.flip(0))):
+        writer = StoreWriter(tmp_path / name, dtype="float32", d=16, source={"model": name})
+        writer.add(store.rows(0, store.tokens) @ rotation, ids.int(), lengths)
+        writer.finish()
+    options = CanonicalOptions(quick=True, device="cpu", other=tmp_path / "turned")
+    written = study(store, options, tmp_path / "out", progress=False)
+    record = json.loads(written[-1].read_text(), parse_constant=pytest.fail)
+    first, back = record["other"]["transfer"]
+    for transfer in (first, back):
+        beside = {entry["against"]: entry["mean"] for entry in transfer["rotated"]}
+        turned, raw = transfer["rotated"][0]["value"], transfer["raw"][0]["value"]
+        assert turned == pytest.approx(beside["own activations"], abs=1e-3)  # turned back, they are the same
+        assert abs(raw - beside["own activations"]) > 0.02
+    with pytest.raises(ValueError, match="other must hold the same tokens in the same order"):
+        study(store, CanonicalOptions(quick=True, other=tmp_path / "strange"), tmp_path / "out", progress=False)
