@@ -286,9 +286,7 @@ def _other(page: Page, store: ActivationStore, trained: TrainedSAEs, options: Ca
         return
     other = ActivationStore(options.other)
     if other.d != store.d or not torch.equal(other.token_ids, store.token_ids):
-        raise ValueError(
-            f"other must hold the tokens of the activations, in their order and width, got {options.other}"
-        )
+        raise ValueError(f"other must hold the same tokens in the same order, and width {store.d}, got {options.other}")
     width = trained.widths[len(trained.widths) // 2]
     one = trained.by_width[width][0]
     x = HeldOut.of(other, options.held_out, options.seed, options.tokens).x
