@@ -104,14 +104,14 @@ def _bid(weights: csr_array) -> _State:
 def _guide(state: _State) -> None:
     """Raise prices, and lower profits, by the distance of each row to where a path of exchanges can end.
 
-    That is at a column without owner, or at a row that gives its own up. Along the shortest way from anywhere the
-    profits are then as large as they can be, so that a search goes straight there, until another has used the end up.
+    That is at a column without owner, or at a row that gives its own up. Along the shortest way to an end the exchanges
+    then cost nothing more, so that a search goes straight there, until another one has used that end up.
     """
     weights, row, price, owner, profit, partner = state
     n1 = len(profit)
-    length = np.maximum(profit[row] + price[weights.indices] - weights.data, 0)  # 0 but for rounding
+    length = (profit[row] + price[weights.indices] - weights.data).clip(min=0)  # rounding may leave less
     to = owner[weights.indices]
-    ends = profit.copy()
+    ends = profit.clip(min=0)
     np.minimum.at(ends, row[to < 0], length[to < 0])
     inner = (to >= 0) & (to != row)
     # From the ends, one more node, backwards to each row.
