@@ -24,7 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.studies.options import CanonicalOptions, MoeOptions, SplittingOptions, ToyOptions
+from sparsekern.analysis.studies.options import (
+    CanonicalOptions,
+    MoeOptions,
+    OpposingOptions,
+    SplittingOptions,
+    ToyOptions,
+)
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -512,6 +518,19 @@ def splitting_command(
     from sparsekern.analysis.studies import splitting
 
     _study(splitting.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(OpposingOptions, studies)
+def opposing_command(
+    options: OpposingOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures, results.json and the SAEs.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """Which latents oppose each other, whether they are the dense ones, and what signed latents make of them."""
+    from sparsekern.analysis.studies import opposing
+
+    _study(opposing.study(_study_store(activations, output, overwrite), options, output))
 
 
 @command(ToyOptions, studies)

@@ -15,7 +15,7 @@ from sparsekern.analysis.results import Result, markdown, new_axes, new_panels, 
 from sparsekern.analysis.similarity import cka, procrustes_transfer, rsa, svcca
 from sparsekern.analysis.studies.options import CanonicalOptions
 from sparsekern.analysis.studies.page import HOW_TO_READ, Page, sentence, source_of
-from sparsekern.analysis.studies.saes import TrainedSAEs, check_folder, measured, train_sae, train_saes
+from sparsekern.analysis.studies.saes import TrainedSAEs, train_one, train_saes
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.analysis.warm_start import CanonicalRows, compare_starts
 from sparsekern.data import ActivationLoader, ActivationStore
@@ -289,20 +289,18 @@ def _other(page: Page, store: ActivationStore, trained: TrainedSAEs, options: Ca
         raise ValueError(f"other must hold the same tokens in the same order, and width {store.d}, got {options.other}")
     width = trained.widths[len(trained.widths) // 2]
     one = trained.by_width[width][0]
-    x = HeldOut.of(other, options.held_out, options.seed, options.tokens).x
+    held_out = HeldOut.of(other, options.held_out, options.seed, options.tokens)
     assert options.saes is not None
     apart = dataclasses.replace(options, saes=options.saes / "other")
-    check_folder(other, apart)
-    sae = train_sae(other, apart, f"{width}-seed{options.seed}", width, sk.TopK(options.k), options.seed, progress)
-    two = measured(sae, options.seed, x)
+    two = train_one(other, apart, width, options.seed, held_out, progress=progress)
     found = match_by_activation(one.codes, two.codes, n_null=options.n_costly, seed=options.seed)
     i, j = found.pairs()
     X, Y = one.sae.W_dec.detach()[i], two.sae.W_dec.detach()[j]
     kept = {"n_null": options.n_null, "seed": options.seed}
     results = [*found.results.values(), svcca(X, Y, **kept), rsa(X, Y, **kept), cka(X, Y, **kept)]
     transfers = [
-        procrustes_transfer(one.sae, trained.held_out.x, x, n_null=options.n_costly, seed=options.seed),
-        procrustes_transfer(two.sae, x, trained.held_out.x, n_null=options.n_costly, seed=options.seed),
+        procrustes_transfer(one.sae, trained.held_out.x, held_out.x, n_null=options.n_costly, seed=options.seed),
+        procrustes_transfer(two.sae, held_out.x, trained.held_out.x, n_null=options.n_costly, seed=options.seed),
     ]
     page.section("Other activations of the same tokens")
     page.text(

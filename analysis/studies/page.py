@@ -96,6 +96,13 @@ def source_of(store: ActivationStore) -> str:
     return f"{where}; {store.tokens:,} tokens of width {store.d}"
 
 
+def token_text(store: ActivationStore, token: int) -> str:
+    """A token as it stands in the vocabulary, fit for code in a cell of a table; its id where there is none."""
+    vocab = store.vocab
+    piece = vocab[token] if vocab is not None and 0 <= token < len(vocab) else str(token)
+    return piece.replace("|", "¦").replace("`", "ˋ")
+
+
 def sentence(result: Result) -> str:
     """The value beside each null and control, in words."""
     name = f"{result.name[:1].upper()}{result.name[1:]}"

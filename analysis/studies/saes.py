@@ -15,7 +15,7 @@ from sparsekern.analysis.studies.options import SAEsOptions
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
 from sparsekern.files import write_json
-from sparsekern.modules.activations import Activation
+from sparsekern.modules import Activation
 
 _STRONGEST = 8  # tokens of a latent whose words are told
 _SHARED = ("k", "steps", "batch_size", "lr", "held_out", "seed")
@@ -92,38 +92,42 @@ def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = Tr
         If the folder has SAEs of other options or activations.
     """
     assert options.latents is not None
-    assert options.saes is not None
     held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
-    check_folder(store, options)
-    by_width: dict[int, list[Trained]] = {}
-    for width in options.latents:
-        by_width[width] = []
-        for seed in range(options.seed, options.seed + options.seeds):
-            sae = train_sae(store, options, f"{width}-seed{seed}", width, sk.TopK(options.k), seed, progress)
-            by_width[width].append(measured(sae, seed, held_out.x))
+    by_width = {
+        width: [
+            train_one(store, options, width, seed, held_out, progress=progress)
+            for seed in range(options.seed, options.seed + options.seeds)
+        ]
+        for width in options.latents
+    }
     return TrainedSAEs(held_out, by_width)
 
 
-def train_sae(
+def train_one(
     store: ActivationStore,
     options: SAEsOptions,
-    name: str,
     width: int,
-    activation: Activation,
     seed: int,
-    progress: bool,
-) -> sk.SAE:
-    """Train the SAE of that name, go on with its training, or load it; on the CPU, for evaluation."""
+    held_out: HeldOut,
+    activation: Activation | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train one SAE as :func:`train_saes` does, or load it: with an activation other than TopK, for a control.
+
+    Its folder has the name of that activation between the width and the seed.
+    """
     assert options.saes is not None
-    folder = options.saes / name
+    _check_folder(store, options)
+    kind = "" if activation is None else f"-{activation.name}"
+    folder = options.saes / f"{width}{kind}-seed{seed}"
     if (folder / "summary.json").is_file():
-        return sk.SAE.from_pretrained(folder / "sae").eval()
+        return _measured(sk.SAE.from_pretrained(folder / "sae").eval(), seed, held_out.x)
     if progress:
-        print(f"{name}:", file=sys.stderr, flush=True)
+        print(f"{folder.name}:", file=sys.stderr, flush=True)
     sae = sk.SAE(
         store.d,
         width,
-        activation,
+        activation or sk.TopK(options.k),
         dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
         generator=torch.Generator().manual_seed(seed),
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -144,10 +148,10 @@ def train_sae(
         keep_checkpoints=1,
         eval_tokens=options.tokens,
     )
-    return result.sae.to("cpu")
+    return _measured(result.sae.to("cpu"), seed, held_out.x)
 
 
-def check_folder(store: ActivationStore, options: SAEsOptions) -> None:
+def _check_folder(store: ActivationStore, options: SAEsOptions) -> None:
     """Write down what the SAEs of the folder were trained with; raise if it is something else."""
     assert options.saes is not None
     wanted = {name: getattr(options, name) for name in _SHARED} | {"tokens": store.tokens, "source": store.source}
@@ -163,10 +167,9 @@ def check_folder(store: ActivationStore, options: SAEsOptions) -> None:
 
 
 @torch.no_grad()
-def measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
-    """What `sae` does on the held-out tokens `x`."""
+def _measured(sae: sk.SAE, seed: int, x: Tensor) -> Trained:
     codes = sae.encode(x)
     assert isinstance(codes, sk.SparseCodes)
-    density = torch.bincount(codes.indices[codes.values > 0], minlength=sae.d_sae) / len(x)
+    density = codes.firing_counts() / len(x)
     error = (sae.decode(codes) - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
     return Trained(sae, seed, codes, density, float(error))

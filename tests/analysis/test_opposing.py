@@ -20,6 +20,8 @@ from sparsekern.analysis.opposing import (
     dense_direction,
     dense_latents,
     gaussian_cloud,
+    pair_use,
+    two_sided,
 )
 
 SEEDS = range(5)
@@ -61,9 +63,9 @@ def dictionaries(W, d):
 @pytest.mark.parametrize("blocks", [1, 5])
 @pytest.mark.parametrize(("W", "d"), [(50, 3), (700, 6), (1500, 40)])
 def test_scores_are_those_of_the_full_tables(monkeypatch, W, d, blocks):
-    monkeypatch.setattr(opposing, "_BLOCK_BYTES", 4 * 2 * d * (W // blocks))
-    monkeypatch.setattr(opposing, "_BATCH_BYTES", 4 * 2 * d * (W // blocks) // 2)
-    monkeypatch.setattr(opposing, "_CHUNK_BYTES", 4 * 2 * d * 64)
+    monkeypatch.setattr(opposing.pairs, "_BLOCK_BYTES", 4 * 2 * d * (W // blocks))
+    monkeypatch.setattr(opposing.pairs, "BATCH_BYTES", 4 * 2 * d * (W // blocks) // 2)
+    monkeypatch.setattr(opposing.pairs, "_CHUNK_BYTES", 4 * 2 * d * 64)
     for name, D, E in dictionaries(W, d):
         found = antipodal_pairs(D, E)
         score, j = in_full(D, E)
@@ -78,12 +80,12 @@ def test_scores_are_those_of_the_full_tables(monkeypatch, W, d, blocks):
 
 @pytest.mark.parametrize("kept", [(1, 2), (2, 64)])
 def test_rows_without_a_certificate_are_searched_again(monkeypatch, kept):
-    monkeypatch.setattr(opposing, "_KEPT", kept)
-    monkeypatch.setattr(opposing, "_BLOCK_BYTES", 4 * 80 * 400)
-    monkeypatch.setattr(opposing, "_CHUNK_BYTES", 4 * 80 * 100)
+    monkeypatch.setattr(opposing.pairs, "_KEPT", kept)
+    monkeypatch.setattr(opposing.pairs, "_BLOCK_BYTES", 4 * 80 * 400)
+    monkeypatch.setattr(opposing.pairs, "_CHUNK_BYTES", 4 * 80 * 100)
     searched = []
-    in_all = opposing._among_all
-    monkeypatch.setattr(opposing, "_among_all", lambda *given: searched.append(len(given[1])) or in_all(*given))
+    in_all = opposing.pairs._among_all
+    monkeypatch.setattr(opposing.pairs, "_among_all", lambda *given: searched.append(len(given[1])) or in_all(*given))
     D, E = clustered(1500, 40, generator())
     found = antipodal_pairs(D, E)
     score, j = in_full(D, E)
@@ -176,6 +178,16 @@ def test_zero_rows_and_dead_latents_oppose_nothing():
     nothing = antipodal_pairs(0 * D)
     assert nothing.j.tolist() == [-1] * 5
     assert math.isnan(nothing.share)
+
+
+def test_the_strongest_pairs_share_no_latent():
+    u, v = torch.eye(4)[:2]
+    rows = torch.stack([u, -u - 0.1 * v, -u, v, -v - 0.5 * u, -u + 0.2 * torch.eye(4)[2]])
+    found = antipodal_pairs(rows, tau=0.9)
+    assert found.pairs.tolist() == [[0, 1], [0, 2], [0, 5]]
+    assert found.strongest(5).tolist() == [[0, 2], [3, 4]]  # the second is none by its score
+    assert found.strongest(1).tolist() == [[0, 2]]
+    assert antipodal_pairs(torch.ones(3, 2)).strongest(2).shape == (0, 2)
 
 
 def test_one_latent_has_no_partner():
@@ -284,7 +296,7 @@ def test_the_second_moment_is_kept(monkeypatch):
     g = generator()
     D = torch.randn(5000, 6, generator=g) * torch.tensor([5, 3, 1, 1, 1, 0.2])
     E = torch.cat([D, torch.randn(5000, 2, generator=g)], 1)
-    _, draw, encoder, _ = list(opposing._nulls(D, E, torch.ones(5000).bool(), 1, 0))[1]
+    _, draw, encoder, _ = list(opposing.report._nulls(D, E, torch.ones(5000).bool(), 1, 0))[1]
 
     def moment(decoder, encoder):
         both = torch.cat([decoder, encoder], 1)
@@ -296,8 +308,9 @@ def test_the_second_moment_is_kept(monkeypatch):
 
 def test_tied_weights_are_searched_once(monkeypatch):
     calls = []
-    search = opposing._opposites
-    monkeypatch.setattr(opposing, "_opposites", lambda *given: calls.append(1) or search(*given))
+    search = opposing.pairs.opposites
+    for module in (opposing.pairs, opposing.report):
+        monkeypatch.setattr(module, "opposites", lambda *given: calls.append(1) or search(*given))
     sae = sk.SAE(16, 100, sk.TopK(3), tied=True, generator=generator())
     report = antipodal_report(sae, n_null=2)
     assert len(calls) == 1 + 2 * 3
@@ -334,6 +347,34 @@ def test_dense_latents_with_partners_are_beside_random_ones(seed):
     none = dense_latents(density, pairs, above=0.9)
     assert math.isnan(none.results["dense_paired"].value)
     assert none.latents.tolist() == []
+    thirty = dense_latents(density, pairs, densest=30, n_null=199)
+    assert set(range(20)) <= set(thirty.latents.tolist())
+    assert thirty.results["dense_mean"].value == pytest.approx(float(pairs.score[thirty.latents].mean()))
+    assert thirty.results["dense_mean"].p == 1 / 200  # at least 30 of the 40 are paired: 0.8 or more, random 0.3
+    assert len(dense_latents((density > 0.4) * density, pairs, densest=90).latents) == 40
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flipped_signs_leave_half_of_what_pairs_give_the_dense_latents(seed):
+    D, E = planted(seed=seed)
+    density = torch.full((600,), 0.1)
+    density[:30] = density[60:90] = 0.4
+    report = antipodal_report(D, E, density, n_null=19, seed=seed)
+    score = report.results["dense_mean"]
+    assert score.value > 0.95  # 0.978 to 0.981
+    assert score.p == 1 / 20
+    flipped = score.nulls["signs flipped"]
+    rest = float(report.pairs.score[120:].mean())  # of latents without a partner
+    # a pair survives with a chance of one half, and otherwise leaves what chance gives: within 0.016 of it
+    assert float(flipped.mean()) == pytest.approx((score.value + rest) / 2, abs=0.05)
+    half = report.share(0.5)
+    assert half.value == float((report.pairs.score >= 0.5).double().mean())
+    assert report.share(0.8).value == report.results["paired"].value
+    for name, numbers in report.results["paired"].nulls.items():
+        assert torch.equal(report.share(0.8).nulls[name], numbers)
+        assert (half.nulls[name] >= numbers).all()
+    with pytest.raises(ValueError, match="tau must be"):
+        report.share(0)
 
 
 def test_densities_are_those_of_the_codes():
@@ -357,8 +398,8 @@ def test_few_latents_are_reported_as_they_are():
 def test_report_is_plain_data_and_plots(tmp_path):
     D, E = planted()
     report = antipodal_report(D, E, torch.full((600,), 0.4), n_null=3)
-    assert {"dense_paired", "min_cosine", "paired"} == report.results.keys()
-    assert len(report.to_frame()) == 4 + 3 + 1
+    assert {"dense_mean", "dense_paired", "min_cosine", "paired"} == report.results.keys()
+    assert len(report.to_frame()) == 4 + 3 + 1 + 2
     answer = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(answer["pairs"]) == 60
     assert answer["pairs"][3]["latents"] == [3, 63]
@@ -382,6 +423,7 @@ def test_the_seed_determines_the_nulls():
         ({"activity": 2 * torch.ones(600)}, "activity must hold densities of 0 … 1"),
         ({"activity": torch.full((600,), math.nan)}, "activity must hold densities of 0 … 1"),
         ({"activity": torch.ones(600), "above": 1.0}, "above must be at least 0 and below 1"),
+        ({"activity": torch.ones(600), "densest": 0}, "densest must be at least 1, got 0"),
         ({"n_null": 0}, "n_null must be at least 1, got 0"),
         ({"tau": -0.5}, "tau must be above 0"),
     ],
@@ -398,6 +440,124 @@ def test_codes_and_encoders_that_do_not_belong_are_refused():
     sae = sk.SAE(8, 30, sk.TopK(2))
     with pytest.raises(ValueError, match="encoder must be left out where source is an SAE"):
         antipodal_report(sae, sae.W_enc)
+
+
+# On tokens
+
+
+def halves(seed, noise=0.0):
+    """Tokens of four normal directions; latents: both halves of the first two, one half of the others, and noise."""
+    g = generator(seed)
+    directions = torch.eye(8)[:4]
+    strength = torch.randn(4000, 4, generator=g)
+    x = strength @ directions + noise * torch.randn(4000, 8, generator=g)
+    dense = torch.zeros(4000, 10)
+    for f in range(4):
+        dense[:, f] = strength[:, f].clamp(min=0)
+        if f < 2:
+            dense[:, 4 + f] = (-strength[:, f]).clamp(min=0)
+    dense[:, 6:] = torch.randn(4000, 4, generator=g).clamp(min=0)
+    decoder = torch.cat([directions, -directions[:2], torch.randn(4, 8, generator=g)])
+    scale = 1 + torch.rand(10, 1, generator=g)  # which latent has which part of a product is nobody's business
+    values, indices = (dense / (scale * decoder.norm(dim=1, keepdim=True)).T).sort(descending=True)
+    codes = sk.SparseCodes(values, indices.int(), 10)
+    return x, codes, scale * decoder
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_halves_of_a_line_never_meet_and_explain_it(seed):
+    x, codes, decoder = halves(seed)
+    use = pair_use(x, codes, decoder, torch.tensor([[0, 4], [1, 5]]), n_null=39, seed=seed)
+    assert use.both.tolist() == [0, 0]
+    together, explained = use.results["together"], use.results["explained"]
+    assert together.value == 0
+    assert together.p == 1 / 40
+    for null in together.nulls.values():
+        assert float(null.mean()) == pytest.approx(1, abs=0.03)  # within 0.008
+    assert explained.value == pytest.approx(1, abs=1e-6)
+    assert explained.p == 1 / 40
+    assert explained.null.max() < 0.8  # at most 0.75: half of two lines each
+    alone = explained.controls["the better side alone"]
+    assert float(alone) == pytest.approx(0.73, abs=0.03)  # 0.733 to 0.749
+    assert torch.equal(use.active, codes.firing_counts()[use.pairs])
+    torch.testing.assert_close(use.expected, use.active.double().prod(1) / 4000)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_latents_of_two_directions_are_no_sides_of_a_line(seed):
+    x, codes, decoder = halves(seed)
+    use = pair_use(x, codes, decoder, torch.tensor([[2, 3]]), n_null=39, seed=seed)
+    assert use.results["together"].value == pytest.approx(1, abs=0.1)  # 0.988 to 1.036
+    assert use.results["together"].p > 0.02
+    assert use.results["explained"].value == pytest.approx(0.73, abs=0.03)  # 0.718 to 0.745: half of two lines
+
+
+def test_the_use_of_pairs_is_the_same_in_both_kinds_of_codes_and_with_signs():
+    x, codes, decoder = halves(0, noise=0.1)
+    pairs = torch.tensor([[0, 4], [2, 8]])
+    one = pair_use(x, codes, decoder, pairs, n_null=3)
+    two = pair_use(x, codes.to_csr(), decoder.double(), pairs.int(), n_null=3)
+    for key, result in one.results.items():
+        assert result.value == two.results[key].value
+        assert all(torch.equal(numbers, two.results[key].nulls[name]) for name, numbers in result.nulls.items())
+    dense = codes.to_dense()
+    i, j = pairs[1]
+    axis = x @ (normalize(decoder[i], dim=0) - normalize(decoder[j], dim=0))
+    written = dense * decoder.norm(dim=1)
+    expected = torch.corrcoef(torch.stack([axis, written[:, i] - written[:, j]]))[0, 1] ** 2
+    assert float(one.explained[1]) == pytest.approx(float(expected), abs=1e-5)
+    assert int(one.both[1]) == int(((dense[:, i] != 0) & (dense[:, j] != 0)).sum())
+    signed = codes._replace(values=codes.values * torch.where(codes.indices == 8, -1, 1))
+    assert torch.equal(pair_use(x, signed, decoder, pairs, n_null=3).both, one.both)
+
+
+def test_pairs_that_do_not_vary_explain_nothing():
+    x, codes, decoder = halves(0)
+    decoder = decoder.clone()
+    decoder[4] = decoder[0]  # no axis
+    silent = codes._replace(values=torch.where(codes.indices == 1, 0, codes.values))
+    use = pair_use(x, silent, decoder, torch.tensor([[0, 4], [1, 5]]), n_null=2)
+    assert float(use.explained[0]) == 0
+    assert float(use.explained[1]) == pytest.approx(0.73, abs=0.03)
+    assert float(use.expected[1]) == 0
+    none = pair_use(x, silent, decoder, torch.tensor([[1, 5]]), n_null=2)
+    assert math.isnan(none.results["together"].value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, c, D, p: (x[:9], c, D, p), r"x must be \[4000, d\], the tokens of the codes, got \(9, 8\)"),
+        (lambda x, c, D, p: (x, c, D[:9], p), r"decoder must be \[10, 8\], latents × width of x, got \(9, 8\)"),
+        (lambda x, c, D, p: (x, c, D, p[:0]), r"pairs must be \[n, 2\] latents, with a pair at least, got \(0, 2\)"),
+        (lambda x, c, D, p: (x, c, D, p.double()), "pairs must be .* torch.float64"),
+        (lambda x, c, D, p: (x, c, D, p * 0), "pairs must hold two different latents each"),
+        (lambda x, c, D, p: (x, c, D, p + 9), "pairs must hold two different latents each, of 0 … 9"),
+        (lambda x, c, D, p: (x, c._replace(values=c.values * (c.indices < 2)), D, p), "at least 3 active latents"),
+    ],
+)
+def test_pairs_that_cannot_be_looked_at_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        pair_use(*change(*halves(0), torch.tensor([[0, 1]])))
+    with pytest.raises(ValueError, match="n_null must be at least 1"):
+        pair_use(*halves(0), torch.tensor([[0, 1]]), n_null=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_signed_latents_that_use_both_signs_stand_out(seed):
+    g = generator(seed)
+    values = torch.randn(3000, 20, generator=g)
+    values[:, 5:].abs_()
+    values[:, 19] = 0
+    codes = sk.SparseCodes(values, torch.arange(20).expand(3000, -1).int(), 20)
+    found = two_sided(codes, torch.tensor([0, 1, 2, 3, 4, 19]), n_null=199, seed=seed)
+    assert found.value == pytest.approx(0.5, abs=0.03)  # 0.486 to 0.494; the silent one is left out
+    assert found.p == 1 / 200
+    one = two_sided(codes, torch.arange(5, 19), n_null=9)
+    assert one.value == 0
+    negative = two_sided(codes._replace(values=-codes.values), torch.arange(5), seed=seed, n_null=199)
+    assert negative.value == found.value
+    assert math.isnan(two_sided(codes, torch.tensor([19]), n_null=2).value)
 
 
 # Experiments
@@ -475,7 +635,7 @@ def test_a_cloud_stands_beside_random_dictionaries(tmp_path):
 
 def test_a_cloud_whose_latents_all_died_is_nothing():
     sae = sk.SAE(3, 5, sk.TopK(1))
-    assert opposing._least_cosines(sae.W_dec.detach()[:0]).shape == (0,)
+    assert opposing.experiments._least_cosines(sae.W_dec.detach()[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(

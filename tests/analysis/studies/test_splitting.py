@@ -9,7 +9,7 @@ import torch
 import sparsekern as sk
 from sparsekern.analysis.splitting import split_map
 from sparsekern.analysis.studies.options import SplittingOptions
-from sparsekern.analysis.studies.saes import measured
+from sparsekern.analysis.studies.saes import _measured
 from sparsekern.analysis.studies.splitting import _children_by_topic, _permuted_contexts, _tokens_by_topic, study
 
 
@@ -47,7 +47,7 @@ def test_children_get_the_topic_that_their_tokens_have_more_of():
         large.b_enc.zero_()
     which = torch.tensor([0] * 10 + [1] * 10)
     topics = torch.tensor([0] * 8 + [1] * 2 + [1] * 7 + [0] * 3)
-    one = measured(large, 0, rows[which])
+    one = _measured(large, 0, rows[which])
     assert torch.equal(_tokens_by_topic(one, topics, 2), torch.tensor([[8.0, 2], [3, 7]]).double())
     found = split_map(small.W_dec.detach(), rows, n_null=0)
     assert _children_by_topic(found, one, topics, 2).tolist() == [[0, 1]]
