@@ -1,14 +1,16 @@
 # Two commands do all set-up on a fresh machine (Python 3.10+, a C++ compiler):
 #   make train   harvest activations, train a sparse autoencoder on them, report    -> runs/first/
 #   make test    the whole test suite
-# A third needs the compiler alone:
-#   make sanitize  the C++ kernels under the address, undefined behaviour and thread sanitizers; -j2 for both at once
+# More:
+#   make studies   pages about SAEs of three widths and three seeds, and about toys    -> studies/
+#   make sanitize  with a compiler alone: the C++ kernels under the address, undefined behaviour and thread sanitizers (-j2)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STORE ?= activations/minilm
 RUN ?= runs/first
+STUDIES ?= studies
 
 # The tested release. pip takes a local build of it (2.13.0+cpu) where the machine offers one, else the registry's
 # build, which on Linux is the one for CUDA. A torch that is already installed and sees a GPU is used as it is.
@@ -21,12 +23,20 @@ endif
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: train test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
+.PHONY: train studies test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
 
 train: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
 	$(BIN)/sparsekern train $(STORE) --output $(RUN) --overwrite \
 	    --expansion 64 --k 32 --steps 400 --lr 1e-3 --eval-every 100 --checkpoint-every 200
+
+# The SAEs are trained by the first study, and shared.
+studies: $(VENV)/installed
+	$(BIN)/sparsekern harvest $(STORE)
+	for study in canonical splitting completeness opposing; do \
+	    $(BIN)/sparsekern study $$study $(STORE) --output $(STUDIES)/$$study --saes $(STUDIES)/saes --overwrite || exit 1; \
+	done
+	$(BIN)/sparsekern study toy --output $(STUDIES)/toy --overwrite
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal

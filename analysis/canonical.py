@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
+from sparsekern.analysis.assignment import assign
 from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
 
 try:
     from scipy.optimize import linear_sum_assignment
     from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 except ImportError as error:
     raise ImportError("this analysis needs scipy: pip install 'sparsekern[analysis]'") from error
 
@@ -144,7 +144,8 @@ def match(
     threshold : float
         Least cosine of shared latents.
     n_null : int
-        Samples of each null; each costs as much as the matching.
+        Samples of each null; each costs as much as the matching, about a minute of CPU time for "sparse" with 131,072
+        latents of 384 dimensions a side.
     seed : int
         Determines the nulls.
 
@@ -433,22 +434,11 @@ def _largest(unit1: Tensor, unit2: Tensor) -> Tensor:
 
 
 def _sparse_partners(cosines: Tensor, candidates: Tensor, n2: int) -> Tensor:
-    """The one-to-one choice among the candidates ``[n1, k]`` of each row with the largest sum; −1 for none.
-
-    A matching of all rows must exist, so each row may also have a column of its own, at a price that any other beats.
-    """
-    n1 = len(cosines)
-    own = torch.arange(n1)[:, None]
-    weights = torch.cat([cosines.double(), torch.full((n1, 1), 1e-9, dtype=torch.float64)], 1)
-    columns = torch.cat([candidates, n2 + own], 1)
-    kept = weights > 0
-    entries = (own.expand_as(columns)[kept].numpy(), columns[kept].numpy())
-    graph = csr_array((weights[kept].numpy(), entries), shape=(n1, n2 + n1))
-    rows, chosen = (
-        torch.from_numpy(found).long() for found in min_weight_full_bipartite_matching(graph, maximize=True)
-    )
-    partner = torch.empty(n1, dtype=torch.int64).index_copy_(0, rows, chosen)
-    return torch.where(partner < n2, partner, -1)
+    """The one-to-one choice among the candidates ``[n1, k]`` of each row with the largest sum; −1 for none."""
+    kept = cosines > 0
+    rows = torch.arange(len(cosines))[:, None].expand_as(candidates)[kept]
+    table = csr_array((cosines[kept].double(), (rows, candidates[kept])), shape=(len(cosines), n2))
+    return torch.from_numpy(assign(table))
 
 
 def _check_n_null(n_null: int) -> None:

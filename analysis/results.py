@@ -184,6 +184,15 @@ def new_axes(width: float = 7, height: float = 4) -> Any:
     return axes
 
 
+def new_panels(count: int, width: float = 4, height: float = 3.5) -> tuple[Any, list[Any]]:
+    """A matplotlib figure and its axes, `count` of them side by side, in the same look."""
+    figure = _figure(width * count, height)
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure

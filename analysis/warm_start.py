@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import sparsekern as sk
 from sparsekern.analysis.canonical import Matching, match
 from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
 from sparsekern.analysis.toy import Toy, ZipfFeatures
+from sparsekern.progress import Progress
 
 _MEASURED = 8192  # fresh tokens that an experiment ends with
 _CURVE = 4096  # fresh tokens of a point on a curve
@@ -269,7 +271,7 @@ def seeds(
 
 @dataclass(frozen=True, eq=False)
 class Saving:
-    """What :func:`warm_start_saving` returns.
+    """What :func:`compare_starts` and :func:`warm_start_saving` return.
 
     Attributes
     ----------
@@ -296,11 +298,14 @@ class Saving:
     def plot(self, axes: Any = None) -> Any:
         """FVU over tokens of training, a line for each start; returns the axes."""
         axes = new_axes() if axes is None else axes
+        from matplotlib.ticker import EngFormatter
+
         looks = {"cold": "C3", "half": "C1", "full": "C0"}
         for name, curve in self.fvu.items():
             label = name if name in looks else "coordinates permuted" if name.endswith(" 0") else None
             axes.plot(self.tokens.tolist(), curve.tolist(), color=looks.get(name, "0.6"), label=label)
         axes.set(xlabel="tokens of training", ylabel="FVU on fresh tokens", yscale="log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(frameon=False)
         return axes
 
@@ -321,10 +326,8 @@ def warm_start_saving(
 ) -> Saving:
     """How many tokens of training it saves to start from latents that two earlier SAEs have in common.
 
-    Two SAEs are trained (:func:`seeds`); the latents of the first that are shared are the known ones. Then SAEs with
-    one other starting point are trained on the same tokens, at a constant learning rate after its warm-up: cold, with
-    half and with all of the known latents copied, and with all of them after their coordinates were permuted, the null.
-    What the first two cost is not counted.
+    Two SAEs are trained (:func:`seeds`); the latents of the first that are shared are the known ones, from which
+    :func:`compare_starts` starts others. What the first two cost is not counted.
 
     Parameters
     ----------
@@ -346,25 +349,94 @@ def warm_start_saving(
     ValueError
         Where the two SAEs share no latent, and for steps that are no multiples of `every`.
     """
-    if not 1 <= every <= early <= steps or early % every or steps % every:
-        raise ValueError(f"early and steps must be multiples of every={every}, not falling, got {early} and {steps}")
+    _check_steps(steps, early, every)
     pair = seeds(seed, width=width, toy=toy, k=k, steps=steps, lr=lr, batch_size=batch_size, n_null=0, **options)
     if not pair.matching.shared.any():
         raise ValueError("the two SAEs must share latents to start from, got none: train them for more steps")
     known = CanonicalRows.of(pair.saes[0], pair.matching.shared)
-    generator = torch.Generator().manual_seed(seed + 1)
+    held_out = pair.toy.sample(_CURVE, torch.Generator().manual_seed(seed + 1))[1]
+
+    def make() -> sk.SAE:
+        weights = torch.Generator().manual_seed(seed + 2)
+        return sk.SAE(pair.toy.d, width, sk.TopK(k), generator=weights, **options)
+
+    def batches() -> Iterator[Tensor]:
+        tokens = torch.Generator().manual_seed(seed + 3)
+        return (pair.toy.sample(batch_size, tokens)[1] for _ in range(steps))
+
+    return compare_starts(
+        make, known, batches, held_out, steps=steps, early=early, every=every, lr=lr, n_null=n_null, seed=seed
+    )
+
+
+def compare_starts(
+    make: Callable[[], sk.SAE],
+    known: CanonicalRows,
+    batches: Callable[[], Iterator[Tensor]],
+    held_out: Tensor,
+    *,
+    steps: int,
+    early: int,
+    every: int = 10,
+    lr: float = 1e-3,
+    n_null: int = 2,
+    seed: int = 0,
+    progress: bool = False,
+) -> Saving:
+    """How many tokens of training it saves to start an SAE from known latents.
+
+    SAEs with one other starting point are trained on the same tokens, at a constant learning rate after its warm-up:
+    cold, with half and with all of the known latents copied, and with all of them after their coordinates were
+    permuted, the null. What it cost to know the latents is not counted.
+
+    Parameters
+    ----------
+    make : callable
+        Makes an SAE with the same weights each time.
+    known : CanonicalRows
+        What is copied.
+    batches : callable
+        Begins anew with the same tokens each time: at least `steps` tensors ``[B, d_in]`` of one size.
+    held_out : Tensor [n, d_in]
+        Tokens to measure on.
+    steps : int
+        Of every training.
+    early : int
+        Step of the early comparison; a multiple of `every`, as is `steps`.
+    every : int
+        Steps between two measurements.
+    lr : float
+        Learning rate.
+    n_null : int
+        Permutations; each costs a training.
+    seed : int
+        Determines which half is copied, and the null.
+    progress : bool
+        Show progress.
+
+    Raises
+    ------
+    ValueError
+        For steps that are no multiples of `every`, and as :func:`warm_start`.
+
+    References
+    ----------
+    Ghilardi et al., *Accelerating sparse autoencoder training via layer-wise transfer learning in large language
+    models* (BlackboxNLP 2024), for starting from another layer's SAE.
+    """
+    _check_steps(steps, early, every)
+    generator = null_generator(seed)
     starts: dict[str, tuple[CanonicalRows, float]] = {"cold": (known, 0.0), "half": (known, 0.5), "full": (known, 1.0)}
     starts |= {f"permuted {index}": (known.permuted(generator), 1.0) for index in range(n_null)}
-    held_out = pair.toy.sample(_CURVE, generator)[1]
-    state = generator.get_state()
-    fvu = {}
-    for name, (rows, share) in starts.items():
-        generator.set_state(state)  # the same weights and tokens for all
-        sae = sk.SAE(pair.toy.d, width, sk.TopK(k), generator=generator, **options)
-        batches = (pair.toy.sample(batch_size, generator)[1] for _ in range(steps))
-        drawn = torch.Generator().manual_seed(seed)
-        fvu[name] = torch.tensor(list(_curve(sae, batches, rows, share, drawn, held_out, every, steps, lr)))
-    tokens = batch_size * every * torch.arange(1, steps // every + 1)
+    fvu: dict[str, Tensor] = {}
+    with Progress("starts", len(starts), unit="trainings", shown=progress) as bar:
+        for name, (rows, share) in starts.items():
+            half = torch.Generator().manual_seed(seed)
+            curve = _curve(make(), islice(batches(), steps), rows, share, half, held_out, every, steps, lr)
+            fvu[name] = torch.tensor(list(curve))
+            bar.update(len(fvu))
+    size = len(next(batches()))
+    tokens = size * every * torch.arange(1, steps // every + 1)
     goal = float(fvu["cold"][-1])
 
     def saved(curve: Tensor) -> float:
@@ -382,6 +454,11 @@ def warm_start_saving(
         "saving": beside("share of the cold start's tokens saved", saved),
     }
     return Saving(tokens, fvu, len(known), results)
+
+
+def _check_steps(steps: int, early: int, every: int) -> None:
+    if not 1 <= every <= early <= steps or early % every or steps % every:
+        raise ValueError(f"early and steps must be multiples of every={every}, not falling, got {early} and {steps}")
 
 
 def _curve(

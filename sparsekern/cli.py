@@ -24,7 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.studies.options import MoeOptions, OpposingOptions
+from sparsekern.analysis.studies.options import (
+    CanonicalOptions,
+    MoeOptions,
+    OpposingOptions,
+    SplittingOptions,
+    ToyOptions,
+)
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -488,6 +494,32 @@ def moe_command(
     _study(moe.study(_study_store(activations, output, overwrite), options, output))
 
 
+@command(CanonicalOptions, studies)
+def canonical_command(
+    options: CanonicalOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """Whether SAEs from different seeds find the same latents, by width; and what starting from these saves."""
+    from sparsekern.analysis.studies import canonical
+
+    _study(canonical.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(SplittingOptions, studies)
+def splitting_command(
+    options: SplittingOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """Which latents a wider SAE has for one of a narrower, and whether the same directions split them all."""
+    from sparsekern.analysis.studies import splitting
+
+    _study(splitting.study(_study_store(activations, output, overwrite), options, output))
+
+
 @command(OpposingOptions, studies)
 def opposing_command(
     options: OpposingOptions,
@@ -501,10 +533,28 @@ def opposing_command(
     _study(opposing.study(_study_store(activations, output, overwrite), options, output))
 
 
-def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
-    """The store of a study, once it is clear that nothing in `output` is lost."""
+@command(ToyOptions, studies)
+def toy_command(
+    options: ToyOptions,
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """What SAEs do where the features are known: splitting, manifolds, absorption, hedging, a wrong L0, bigrams."""
+    from sparsekern.analysis.studies import toy
+
+    _check_output(output, overwrite)
+    _study(toy.study(options, output))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise where a study would be lost."""
     if (output / "page.md").exists() and not overwrite:
         raise ValueError(f"{output} holds a study already; overwrite it, or choose another folder")
+
+
+def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
+    """The store of a study, once it is clear that nothing in `output` is lost."""
+    _check_output(output, overwrite)
     return ActivationStore(activations)
 
 

@@ -60,22 +60,23 @@ class SAEsOptions(Options):
     saes: Path | None = option(
         None, "folder of the SAEs; studies that name the same one train them once; by default `saes` in the output"
     )
-    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 4, 16 and 64 times the width")
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 2, 8 and 32 times the width")
     seeds: int = option(3, "SAEs of each width; they differ in their first weights only", at_least=2)
-    k: int = option(32, "active latents a token", at_least=1)
-    steps: int = option(300, "of each training", at_least=1)
-    batch_size: int = option(2048, "tokens a step", unit="tokens", at_least=2)
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    k: int = option(16, "active latents a token", at_least=1)
+    steps: int = option(2000, "of each training", at_least=1)
+    batch_size: int = option(512, "tokens a step", unit="tokens", at_least=2)
+    lr: float = option(2e-3, "peak learning rate", above=0)
     held_out: float = option(0.05, "share of the contexts that is measured and not trained on", above=0, below=1)
     tokens: int = option(16384, "held-out tokens measured, at most", unit="tokens", at_least=16)
     n_null: int = option(10, "samples of each null", at_least=1)
+    n_costly: int = option(3, "samples of nulls that cost as much as a matching or a training", at_least=1)
     seed: int = option(0, "seed of the first SAE, the split, the batches and the nulls", at_least=0)
     device: str | None = option(None, "where to train; by default a GPU if there is one")
     quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
 
     def resolved(self: Studied, width: int, output: Path) -> Studied:
         """These options with what is unset, and what `quick` stands for, on activations of that width."""
-        widths = sorted(set(self.latents or (4 * width, 16 * width, 64 * width)))
+        widths = sorted(set(self.latents or (2 * width, 8 * width, 32 * width)))
         options = dataclasses.replace(self, latents=widths, saes=self.saes or output / "saes")
         if not self.quick:
             return options
@@ -88,7 +89,11 @@ class SAEsOptions(Options):
             batch_size=128,
             tokens=min(self.tokens, 1024),
             n_null=2,
+            n_costly=1,
         )
+
+
+Studied = TypeVar("Studied", bound=SAEsOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,4 +112,42 @@ class OpposingOptions(SAEsOptions):
         return dataclasses.replace(options, signed=1, toy_seeds=1) if options.quick else options
 
 
-Studied = TypeVar("Studied", bound=SAEsOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CanonicalOptions(SAEsOptions):
+    """Options of ``sparsekern study canonical``."""
+
+    other: Path | None = option(None, "another store of the same tokens, such as another layer, to compare with")
+    method: str = option("sparse", "how latents are paired", choices=("hungarian", "sparse", "mnn"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplittingOptions(SAEsOptions):
+    """Options of ``sparsekern study splitting``."""
+
+    cos: float = option(0.5, "cosine above which a latent of the wider SAE is a child", above=0, below=1)
+    topics: int = option(12, "that the contexts are put into", at_least=2)
+    parents: int = option(300, "of the most frequent ones whose children are compared by topic", at_least=2)
+    refit_steps: int = option(200, "of training on with a direction added", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions(Options):
+    """Options of ``sparsekern study toy``."""
+
+    seeds: int = option(3, "of each toy", at_least=1)
+    n_null: int = option(50, "samples of each null that costs no training", at_least=1)
+    law_steps: int = option(150, "of each training for the splitting law", at_least=1)
+    manifold_steps: int = option(150, "of each training on points and manifolds", at_least=1)
+    absorption_steps: int = option(1000, "of each training for absorption", at_least=1)
+    bigrams: bool = option(True, "train networks on bigrams too, which takes the longest")
+    bigram_steps: int = option(150, "of each SAE on bigrams", at_least=1)
+    seed: int = option(0, "the first of the seeds", at_least=0)
+    quick: bool = option(False, "a few short trainings: shows that everything runs; the figures mean nothing")
+
+    def resolved(self) -> ToyOptions:
+        """These options with what `quick` stands for."""
+        if not self.quick:
+            return self
+        return dataclasses.replace(
+            self, seeds=1, n_null=3, law_steps=5, manifold_steps=5, absorption_steps=5, bigram_steps=5
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ import sparsekern as sk
 from sparsekern.analysis.studies.options import SAEsOptions
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
+from sparsekern.files import write_json
 from sparsekern.modules import Activation
+
+_STRONGEST = 8  # tokens of a latent whose words are told
+_SHARED = ("k", "steps", "batch_size", "lr", "held_out", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,13 @@ class Trained:
     def alive(self) -> Tensor:
         """Latents that are active on a held-out token, ``[d_sae]`` bool."""
         return self.density > 0
+
+    def words(self, store: ActivationStore, held_out: HeldOut, latent: int, count: int = 3) -> str:
+        """The words of the tokens on which a latent is most active, for a cell of a table."""
+        tokens, slots = ((self.codes.indices == latent) & (self.codes.values > 0)).nonzero(as_tuple=True)
+        strongest = tokens[self.codes.values[tokens, slots].argsort(descending=True, stable=True)[:_STRONGEST]]
+        words = [store.word_text(row).replace("|", "¦").replace("`", "ˋ") for row in held_out.rows[strongest].tolist()]
+        return ", ".join(f"`{word}` ×{n}" for word, n in Counter(words).most_common(count)) or "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +93,13 @@ def train_saes(store: ActivationStore, options: SAEsOptions, progress: bool = Tr
     """
     assert options.latents is not None
     held_out = HeldOut.of(store, options.held_out, options.seed, options.tokens)
-    by_width: dict[int, list[Trained]] = {}
-    for width in options.latents:
-        by_width[width] = []
-        for seed in range(options.seed, options.seed + options.seeds):
-            by_width[width].append(train_one(store, options, width, seed, held_out, progress=progress))
+    by_width = {
+        width: [
+            train_one(store, options, width, seed, held_out, progress=progress)
+            for seed in range(options.seed, options.seed + options.seeds)
+        ]
+        for width in options.latents
+    }
     return TrainedSAEs(held_out, by_width)
 
 
@@ -103,52 +117,53 @@ def train_one(
     Its folder has the name of that activation between the width and the seed.
     """
     assert options.saes is not None
+    _check_folder(store, options)
     kind = "" if activation is None else f"-{activation.name}"
-    if progress:
-        what = "" if activation is None else f" of {type(activation).__name__}"
-        print(f"{width:,} latents{what}, seed {seed}:", file=sys.stderr, flush=True)
     folder = options.saes / f"{width}{kind}-seed{seed}"
-    sae = _train(store, options, width, seed, activation or sk.TopK(options.k), folder, progress)
-    return _measured(sae.to("cpu"), seed, held_out.x)
-
-
-def _train(
-    store: ActivationStore,
-    options: SAEsOptions,
-    width: int,
-    seed: int,
-    activation: Activation,
-    folder: Path,
-    progress: bool,
-) -> sk.SAE:
+    if (folder / "summary.json").is_file():
+        return _measured(sk.SAE.from_pretrained(folder / "sae").eval(), seed, held_out.x)
+    if progress:
+        print(f"{folder.name}:", file=sys.stderr, flush=True)
     sae = sk.SAE(
         store.d,
         width,
-        activation,
+        activation or sk.TopK(options.k),
         dead_after=max(1, min(10_000_000, options.steps * options.batch_size // 4)),
         generator=torch.Generator().manual_seed(seed),
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    try:
-        result = sk.train(
-            sae,
-            store,
-            output=folder,
-            resume=(folder / "checkpoints").is_dir(),
-            progress=progress,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            held_out=options.held_out,
-            seed=options.seed,
-            eval_every=options.steps,
-            checkpoint_every=options.steps,
-            keep_checkpoints=1,
-            eval_tokens=options.tokens,
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder} has a training of other options or activations ({error}): name another") from error
-    return result.sae
+    result = sk.train(
+        sae,
+        store,
+        output=folder,
+        resume=(folder / "checkpoints").is_dir(),
+        progress=progress,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        held_out=options.held_out,
+        seed=options.seed,
+        eval_every=options.steps,
+        checkpoint_every=options.steps,
+        keep_checkpoints=1,
+        eval_tokens=options.tokens,
+    )
+    return _measured(result.sae.to("cpu"), seed, held_out.x)
+
+
+def _check_folder(store: ActivationStore, options: SAEsOptions) -> None:
+    """Write down what the SAEs of the folder were trained with; raise if it is something else."""
+    assert options.saes is not None
+    wanted = {name: getattr(options, name) for name in _SHARED} | {"tokens": store.tokens, "source": store.source}
+    path = options.saes / "saes.json"
+    if not path.is_file():
+        options.saes.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+        return
+    found = json.loads(path.read_text())
+    other = [f"{name} {found.get(name)!r}" for name, value in wanted.items() if found.get(name) != value]
+    if other:
+        raise ValueError(f"saes must name a folder of SAEs of these options; those in {options.saes} have {other[0]}")
 
 
 @torch.no_grad()

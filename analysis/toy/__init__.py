@@ -5,6 +5,7 @@ A generator has its true directions as ``features`` ``[n_features, d]`` and
 :func:`ground_truth_scores` says which of them an SAE has found; the experiments train SAEs on them.
 """
 
+from sparsekern.analysis.toy.bigrams import Bigrams, BigramSplitting, bigram_splitting, response_shares
 from sparsekern.analysis.toy.experiments import HedgingRun, PlantedRun, absorption, hedging, wrong_l0
 from sparsekern.analysis.toy.generators import (
     PARENT_AND_CHILD,
@@ -32,6 +33,8 @@ __all__ = [
     "PARENT_AND_CHILD",
     "TWENTY_FEATURES",
     "AbsorptionScores",
+    "BigramSplitting",
+    "Bigrams",
     "ContextTopics",
     "CopulaFeatures",
     "GroundTruthScores",
@@ -48,11 +51,13 @@ __all__ = [
     "ZipfFeatures",
     "absorption",
     "absorption_scores",
+    "bigram_splitting",
     "ground_truth_scores",
     "hedging",
     "hedging_rate",
     "manifold_or_finite",
     "predicted_split",
+    "response_shares",
     "splitting_law",
     "wrong_l0",
 ]

@@ -147,13 +147,16 @@ class SplittingLaw:
     def plot(self, axes: Any = None) -> Any:
         """Composite latents by width: measured as dots, the law as lines, or as bands where it leaves a choice."""
         axes = new_axes() if axes is None else axes
+        at = torch.arange(len(self.widths))
         for row, penalty in enumerate(self.penalties):
+            beside = (at + 0.1 * (row - (len(self.penalties) - 1) / 2)).tolist()  # dots would hide each other
             least, most = self.predicted[row].T.tolist()
-            axes.fill_between(self.widths, least, most, color=f"C{row}", alpha=0.12, lw=0)
-            axes.plot(self.widths, most, color=f"C{row}", lw=1)
-            axes.plot(self.widths, self.counts[row, :, 2].tolist(), "o", color=f"C{row}", label=penalty)
-        axes.set(xlabel="latents", ylabel="latents of a topic in a context (lines: the law)")
-        axes.legend(frameon=False)
+            axes.fill_between(at.tolist(), least, most, color=f"C{row}", alpha=0.12, lw=0)
+            axes.plot(at.tolist(), most, color=f"C{row}", lw=1)
+            axes.plot(beside, self.counts[row, :, 2].tolist(), "o", color=f"C{row}", label=penalty)
+        axes.set_xticks(at.tolist(), self.widths)
+        axes.set(xlabel="latents", ylabel="those that stand for a pair")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return axes
 
 

@@ -67,6 +67,7 @@ class ManifoldOrFinite:
         for row, name in enumerate(("points", "whole manifold")):
             axes.plot(self.widths, self.loss[row].tolist(), "o-", color=f"C{row}", label=name)
         axes.axhline(self.floor, color="0.45", ls="--", lw=1, label="least possible")
+        axes.set_xticks(self.widths, self.widths)
         axes.set(xlabel="latents", ylabel="loss")
         axes.legend(frameon=False)
         return axes

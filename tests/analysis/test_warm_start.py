@@ -158,10 +158,10 @@ def test_two_seeds_share_what_is_true():
 
 
 def test_a_warm_start_leads_and_its_lead_shrinks():
-    """Five seeds: early 0.78 to 0.89 (half 0.71 to 0.79, cold 0.69 to 0.74, permuted 0.63 to 0.69); at the end 0.91 to
-    0.94 (cold 0.89 to 0.92): in one of the five the cold start is ahead by then, and nothing is saved.
+    """Five seeds: early 0.77 to 0.86 (half 0.71 to 0.79, cold 0.66 to 0.70, permuted 0.62 to 0.68); at the end 0.88 to
+    0.92 (cold 0.87 to 0.92): in one of the five the cold start is ahead by then, and nothing is saved.
     """
-    found = warm_start_saving(0, width=24, steps=150, early=30, n_null=1, **SMALL)
+    found = warm_start_saving(3, width=24, steps=150, early=30, n_null=1, **SMALL)
     early, late, saving = (found.results[name] for name in ("early", "late", "saving"))
     assert found.tokens.tolist() == [1280 * step for step in range(1, 16)]
     assert {name: len(curve) for name, curve in found.fvu.items()} == dict.fromkeys(
@@ -171,10 +171,10 @@ def test_a_warm_start_leads_and_its_lead_shrinks():
     assert late.value == pytest.approx(1 - float(found.fvu["full"][-1]))
     assert early.value > float(early.controls["half of the latents"]) > float(early.controls["cold"])
     lead, last = (result.value - float(result.controls["cold"]) for result in (early, late))
-    assert lead > 0.06 > last  # 0.09 to 0.16, then −0.01 to 0.05
-    assert early.value - float(early.null) > 0.06  # 0.10 to 0.20
+    assert lead > 0.06 > last  # 0.09 to 0.17, then −0.01 to 0.02
+    assert early.value - float(early.null) > 0.06  # 0.11 to 0.22
     assert float(saving.controls["cold"]) == 0
-    assert saving.value > 0.1  # 0.4; five seeds 0 to 0.8
+    assert saving.value > 0.1  # 0.27; five seeds 0 to 0.34
     goal = float(found.fvu["cold"][-1])
     reached = (found.fvu["full"] <= goal).nonzero()[0, 0]
     assert saving.value == pytest.approx(1 - float(found.tokens[reached] / found.tokens[-1]))

@@ -96,5 +96,5 @@ def test_saes_of_other_options_are_refused(store, tmp_path):
     held_out = HeldOut.of(store, 0.05, 0, 100)
     train_one(store, options.resolved(16, tmp_path), 32, 0, held_out, progress=False)
     other = OpposingOptions(quick=True, k=3, device="cpu", saes=tmp_path / "saes")
-    with pytest.raises(ValueError, match="32-seed0 has a training of other options or activations"):
+    with pytest.raises(ValueError, match="a folder of SAEs of these options"):
         study(store, other, tmp_path / "out", progress=False)
