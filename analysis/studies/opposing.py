@@ -66,6 +66,12 @@ class _Looked:
         """Of the densest latents."""
         return self.trained.density[self.densest]
 
+    @property
+    def strongest_dense(self) -> str:
+        """How many latents of the strongest pairs are among the densest."""
+        latents = torch.empty(0, dtype=torch.int64) if self.use is None else self.use.pairs.flatten()
+        return f"{int(torch.isin(latents, self.densest).sum())} of {len(latents)}"
+
     def above(self, score: float) -> int:
         """Latents of at least that score."""
         return int((self.pairs.score >= score).sum())
@@ -126,7 +132,12 @@ def study(store: ActivationStore, options: OpposingOptions, output: Path, progre
     _dense(page, options, looked)
     _sides(page, store, trained.held_out, options, looked, middle)
     _signed(page, options, looked[middle][: len(controls)], controls)
-    _toys(page, options, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with matrices this small a second thread costs more than it does
+    try:
+        _toys(page, options, progress)
+    finally:
+        torch.set_num_threads(threads)
     _end(page)
     return page.write(options, store)
 
@@ -315,16 +326,15 @@ def _dense(page: Page, options: OpposingOptions, looked: dict[int, list[_Looked]
     page.text(
         f"""In larger SAEs, trained for longer, the latents that are active on more than {_DENSE:.0%} of the tokens
 come almost all in antipodal pairs (Sun et al. 2025). {_of(some, len(every), "SAEs")} here
-{"has" if some == 1 else "have"} such a latent ({sum(counts)} in all), so the {options.densest} densest latents of
-each stand for them. Their mean score is beside that of as many random active latents (mean and largest of {draws:,}
-draws); for the first seed also with the signs of half of all latents flipped, which leaves half of what pairs give
-and all of what crowded lines give."""
+{"has" if some == 1 else "have"} such a latent ({sum(counts)} in all); looked at are the {options.densest} densest
+latents of each, however dense. Their mean score is beside that of as many random active latents (mean and largest of
+{draws:,} draws); for the first seed also with the signs of half of all latents flipped, which leaves half of what
+pairs give and all of what crowded lines give."""
     )
     rows = []
     for width, group in looked.items():
         for one in group:
             random = one.dense.nulls[_DRAWS]
-            used = torch.empty(0, dtype=torch.int64) if one.use is None else one.use.pairs.flatten()
             rows.append(
                 [
                     f"{width:,}",
@@ -334,7 +344,7 @@ and all of what crowded lines give."""
                     f"{float(random.mean()):.3f} (≤ {float(random.max()):.3f})",
                     _beside(one.dense.nulls.get("signs flipped"), lambda v: f"{v:.3f}"),
                     f"{one.dense.p:.2g}",
-                    f"{int(torch.isin(used, one.densest).sum())} of {len(used)}",
+                    one.strongest_dense,
                 ]
             )
     page.table(
@@ -444,8 +454,8 @@ def _sides(
         page.text(
             f"""Tokens that a side has more of than its share, those first that tell most about it, with the occurrences
 on which the side is active alone, of all. At least {LEAST_COUNT} occurrences, and more telling than any token of
-any side after the sides were permuted among the tokens. Densities show why the lists are mixed: a latent that is
-active on a fifth of all tokens is active on tokens of every kind."""
+any side after the sides were permuted among the tokens. The denser a latent, the
+more kinds of tokens it is active on, and the less its list can say."""
         )
     else:
         page.table(header, listed)
@@ -521,10 +531,11 @@ batches and first weights are those of TopK."""
                     str(one.trained.seed),
                     f"{one.trained.fvu:.4f}",
                     f"**{one.largest:.2f}**",
-                    *(f"{one.above(score):,}" for score in _WEAKER),
+                    f"{one.above(_WEAKER[-1]):,}",
                     f"**{one.dense.value:.3f}**",
                     f"{float(random.mean()):.3f} (≤ {float(random.max()):.3f})",
-                    f"{one.least:.3f}",
+                    one.strongest_dense,
+                    *(_or_dash(one.use.results[key].value) if one.use else "–" for key in ("together", "explained")),
                     f"{int((one.trained.density > _DENSE).sum()):,}",
                     f"{both.value:.0%}; {float(both.null.mean()):.0%}" if one is control else "–",
                 ]
@@ -535,10 +546,12 @@ batches and first weights are those of TopK."""
             "seed",
             "FVU",
             "largest score",
-            *(f"latents ≥ {score:g}" for score in _WEAKER),
+            f"latents ≥ {_WEAKER[-1]:g}",
             f"mean score, {options.densest} densest",
             "random latents",
-            "mean least cosine",
+            "of the strongest pairs' latents, among the densest",
+            "together",
+            "explained",
             f"latents denser than {_DENSE:.0%}",
             "rarer sign, densest; random",
         ],
@@ -555,7 +568,10 @@ batches and first weights are those of TopK."""
 random ones in {_seeds(still, n)}. The last column is the share of a latent's tokens on which it has the rarer of its
 two signs, 50% where both are as frequent: of the densest latents, and of as many random ones. First seed:
 {_uncapitalised(sentence(sides[0]))}""",
-        "Two latents of AbsTopK that oppose each other are not the halves of a line: each could write all of it.",
+        """Two latents of AbsTopK that oppose each other need not be the halves of a line: each could write all of it.
+With one of them turned around they are what duplicates are in TopK. *Together* and *explained*, those of the strongest
+pairs as above, tell the two apart: halves exclude each other and explain their axis, duplicates are active on the same
+tokens.""",
     )
     page.picture(
         "signed", _plot_signed(of_topk, controls), f"Scores of the {options.densest} densest latents, a dot each"
