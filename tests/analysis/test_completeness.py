@@ -13,14 +13,15 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis import completeness
 from sparsekern.analysis.completeness import (
     atomicity,
+    composition,
     estimate_total_features,
     feature_recovery_curve,
     meta_sae,
     stitch,
     stitched_mse,
+    stitching,
     swap,
 )
 from sparsekern.analysis.toy import CopulaFeatures
@@ -70,7 +71,7 @@ def topk_of(dense, k):
 
 @pytest.mark.parametrize("csr", [False, True])
 def test_a_change_is_that_of_the_error_with_the_latent_added(csr, monkeypatch):
-    monkeypatch.setattr(completeness, "_BATCH", 128)  # three batches
+    monkeypatch.setattr(stitching, "BATCH", 128)  # three batches
     small, large, x = random_pair(csr)
     found = stitch(small, large, x, n_null=1)
     base = stitched_mse(small, large, x)
@@ -104,7 +105,7 @@ def test_latents_left_out_are_taken_from_the_reconstruction():
 
 @pytest.mark.parametrize("csr", [False, True])
 def test_a_swap_is_that_of_the_error_with_the_family_exchanged(csr, monkeypatch):
-    monkeypatch.setattr(completeness, "_SWAP_BATCH", 100)
+    monkeypatch.setattr(stitching, "_SWAP_BATCH", 100)
     small, large, x = random_pair(csr)
     with torch.no_grad():  # families of more than one latent on each side
         large.W_dec[:24] = normalize(small.W_dec[:24] + 0.1 * torch.randn(24, 24, generator=generator(1)), dim=1)
@@ -403,7 +404,7 @@ def test_a_fit_is_the_best_non_negative_one_on_its_rows():
     g = generator()
     dictionary = normalize(torch.randn(40, 12, generator=g), dim=1)
     rows = normalize(torch.randn(30, 12, generator=g), dim=1)
-    found = completeness._pursuit(rows, dictionary, 4, 0.0)  # all parts count
+    found = composition._pursuit(rows, dictionary, 4, 0.0)  # all parts count
     for row, parts, coefficients, r2 in zip(rows, *found, strict=True):
         named = parts[parts >= 0]
         wanted, norm = nnls(dictionary[named].T.double().numpy(), row.double().numpy())
@@ -426,7 +427,7 @@ def test_coactivation_is_that_of_dense_codes(seed, topk):
     small[:, 4] = 0
     parts = torch.randint(-1, 9, (6, 3), generator=g)
     codes = [topk_of(z, z.shape[1]) if topk else csr_of(z) for z in (large, small)]
-    found = completeness._Pairs(*codes).coactivation(parts, torch.arange(6))
+    found = composition._Pairs(*codes).coactivation(parts, torch.arange(6))
     for latent in range(6):
         on = large[:, latent] > 0
         shares = [float((small[on, part] > 0).double().mean()) for part in parts[latent].tolist() if part >= 0]
