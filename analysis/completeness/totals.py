@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -299,12 +300,7 @@ def estimate_total_features(
     m, observed = table.shape
     equal = _equal_rates(sizes, observed)
     rates = sizes / equal
-    drawn = []
-    if math.isfinite(equal):
-        for _ in range(n_null):
-            # Fewer features than are needed cannot be drawn, so a broken number is rounded at random.
-            number = int(equal + float(torch.rand((), generator=generator)))
-            drawn.append(torch.rand(m, number, generator=generator) < rates[:, None])
+    drawn = [_captured(equal, rates, generator) for _ in range(n_null)] if math.isfinite(equal) else []
     results, interval, error = {}, {}, {}
     for key, (name, estimate) in _ESTIMATORS.items():
         value = estimate(table)
@@ -315,14 +311,35 @@ def estimate_total_features(
             continue
         total = max(observed, round(value))
         redrawn = []
-        for _ in range(n_bootstrap):
-            columns = torch.randint(total, (total,), generator=generator)
-            redrawn.append(estimate(table[:, columns[columns < observed]]))  # the others stay unseen
+        for seen in _binomial(
+            total, torch.full((n_bootstrap,), observed / total, dtype=torch.float64), generator
+        ).tolist():
+            columns = torch.randint(observed, (seen,), generator=generator)  # the others stay unseen
+            redrawn.append(estimate(table[:, columns]))
         numbers = samples(redrawn)
         low, high = numbers.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         interval[key], error[key] = (low, high), float(numbers.std())
     found_by = torch.bincount(table.sum(0), minlength=m + 1)
     return TotalFeatures(results, observed, found_by, equal, interval, error)
+
+
+def _captured(number: float, rates: Tensor, generator: torch.Generator) -> Tensor:
+    """A table of so many features, each found by a seed at its rate; without columns that none has found."""
+    # Fewer features than are needed cannot be drawn, so a broken number is rounded at random.
+    number = int(number + float(torch.rand((), generator=generator)))
+    rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))
+    # Estimates can be millions of features of which few are found, so only these are drawn.
+    found = [rng.choice(number, int(count), replace=False) for count in _binomial(number, rates, generator)]
+    columns, which = np.unique(np.concatenate(found), return_inverse=True)
+    seeds = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    table = torch.zeros(len(found), len(columns), dtype=torch.bool)
+    table[torch.from_numpy(seeds), torch.from_numpy(which)] = True
+    return table
+
+
+def _binomial(count: int, rates: Tensor, generator: torch.Generator) -> Tensor:
+    """How many of `count` are drawn at each rate, int64."""
+    return torch.binomial(torch.full_like(rates, count, dtype=torch.float64), rates.double(), generator).long()
 
 
 def _found_by(table: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from sparsekern.analysis.completeness import (
     stitched_mse,
     stitching,
     swap,
+    totals,
 )
+from sparsekern.analysis.results import samples
 from sparsekern.analysis.toy import CopulaFeatures
 
 
@@ -644,6 +646,27 @@ def test_seeds_that_agree_on_everything_or_nothing():
     assert apart.equal_rates == math.inf
     assert math.isnan(apart.results["chao"].p)
     assert apart.results["chao"].value > 4
+
+
+def test_millions_of_features_are_estimated_from_few_recaptures():
+    """One of 4,000 features a seed was found again: 8 million in all, of which only those found may be drawn."""
+    table = torch.zeros(2, 7999).bool()
+    table[0, :4000] = table[1, 3999:] = True
+    found = estimate_total_features(table, n_bootstrap=20, n_null=20)
+    assert found.results["lincoln_petersen"].value == pytest.approx(4001**2 / 2 - 1)
+    assert found.equal_rates == pytest.approx(4000**2, rel=1e-3)
+    low, high = found.interval["chao"]
+    assert low < found.results["chao"].value < high
+    assert found.results["chao"].nulls["equal and independent rates"].median() > 10**6
+    sizes = torch.stack([totals._captured(1e6, torch.tensor([1e-3, 2e-3]), generator(i)).sum(1) for i in range(20)])
+    assert sizes.double().mean(0).tolist() == pytest.approx([1000, 2000], rel=0.03)  # four standard errors
+
+
+def test_what_chance_captures_is_independent():
+    """50 draws of 2,000 features: found by both 400, standard error 2.5."""
+    tables = [totals._captured(2000, torch.tensor([0.5, 0.4]), generator(i)) for i in range(50)]
+    assert all(table.any(0).all() for table in tables)
+    assert float(samples(int(table.all(0).sum()) for table in tables).mean()) == pytest.approx(400, abs=10)
 
 
 @settings(max_examples=20, deadline=None)
