@@ -1,7 +1,8 @@
 """Whether a dictionary is complete and its latents atomic.
 
 *Complete*: does a larger SAE have latents whose information a smaller one lacks (:func:`stitch`, :func:`swap`), which
-features are found at all (:func:`feature_recovery_curve`), and how many are there (:func:`estimate_total_features`)?
+features are found at all (:func:`best_f1`, :func:`feature_recovery_curve`), and how many are there
+(:func:`matched_features`, :func:`estimate_total_features`)?
 *Atomic*: are latents sums of others (:func:`meta_sae`, :func:`atomicity`)? Every number comes as a
 :class:`~sparsekern.analysis.results.Result`; ``docs/analyses.md`` has what each cannot tell.
 """
@@ -11,8 +12,10 @@ from sparsekern.analysis.completeness.stitching import KINDS, Stitching, Swappin
 from sparsekern.analysis.completeness.totals import (
     RecoveryCurve,
     TotalFeatures,
+    best_f1,
     estimate_total_features,
     feature_recovery_curve,
+    matched_features,
 )
 
 __all__ = [
@@ -25,8 +28,10 @@ __all__ = [
     "Swapping",
     "TotalFeatures",
     "atomicity",
+    "best_f1",
     "estimate_total_features",
     "feature_recovery_curve",
+    "matched_features",
     "meta_sae",
     "stitch",
     "stitched_mse",

@@ -462,11 +462,11 @@ def _family_changes(
     token = torch.cat([tokens_of(large), tokens_of(small)])
     column = torch.cat([latents_of(large), n_large + latents_of(small)])
     value = torch.cat([large.values.flatten(), -small.values.flatten()])
-    of = family[column]
+    in_one = (family[column] >= 0) & (value != 0)
+    token, column, value = token[in_one], column[in_one], value[in_one]
     # What a family adds on a token is a row of its own: codes whose rows are pairs of token and family.
-    pair = token * n_families + of
+    pair = token * n_families + family[column]
     order = (pair * len(family) + column).argsort()
-    order = order[(of[order] >= 0) & (value[order] != 0)]
     pairs, counts = pair[order].unique_consecutive(return_counts=True)
     crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     column, value = column[order].int(), value[order]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.analysis.completeness.shared import auc, check_count
+from sparsekern.analysis.completeness.shared import Codes, auc, check_count, latents_of, on_cpu, tokens_of
 from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
 
 try:
     from scipy.optimize import brentq
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 except ImportError as error:
     raise ImportError("this analysis needs scipy: pip install 'sparsekern[analysis]'") from error
 
@@ -25,6 +27,47 @@ _NEWTON = 100  # steps at most; about ten are enough where it does not
 
 
 # Against frequency
+
+
+@torch.no_grad()
+def best_f1(codes: Codes, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """How well each class of tokens is told by a single latent: the largest F1 of "is active" for "is of the class".
+
+    Parameters
+    ----------
+    codes : SparseCodes or CSRCodes
+        Of B tokens.
+    classes : Tensor [B] int64
+        Class of each token, counted from 0; −1 for none, which every class counts as a token that is not of it.
+
+    Returns
+    -------
+    tuple of Tensor [n_classes] float64 and int64
+        The F1, and the latent; 0 and −1 for classes on whose tokens nothing is active.
+
+    Raises
+    ------
+    ValueError
+        For classes of another number of tokens, or none at all.
+    """
+    if classes.shape != (codes.tokens,) or classes.is_floating_point() or not bool((classes >= 0).any()):
+        raise ValueError(
+            f"classes must be [{codes.tokens}] whole numbers, some of them at least 0, got {tuple(classes.shape)} "
+            f"{classes.dtype}"
+        )
+    codes, classes = on_cpu(codes), classes.detach().cpu().long()
+    on = codes.values.flatten() > 0
+    token, latent = tokens_of(codes)[on], latents_of(codes)[on]
+    of_latent = torch.bincount(latent, minlength=codes.d_sae)
+    of_class = torch.bincount(classes[classes >= 0])
+    pairs, both = (classes[token] * codes.d_sae + latent)[classes[token] >= 0].unique(return_counts=True)
+    pair_class, pair_latent = pairs // codes.d_sae, pairs % codes.d_sae
+    f1 = 2 * both.double() / (of_class[pair_class] + of_latent[pair_latent])
+    best = torch.zeros(len(of_class), dtype=torch.float64).scatter_reduce_(0, pair_class, f1, "amax")
+    which = torch.full((len(of_class),), -1)
+    top = (f1 == best[pair_class]).nonzero().squeeze(1).flip(0)  # of equals the first latent is written last
+    which[pair_class[top]] = pair_latent[top]
+    return best, which
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +250,50 @@ def _half_interval(resampled: Tensor) -> tuple[float, float]:
 
 
 # In all
+
+
+def matched_features(alive: Sequence[Tensor], pairs: Mapping[tuple[int, int], tuple[Tensor, Tensor]]) -> Tensor:
+    """Which seeds have found which features, where latents of two seeds that are paired stand for the same one.
+
+    A feature is a connected component: a latent, those that it is paired with, those that these are paired with. What
+    two pairs of seeds say of a third is not looked at, so that one feature can be several latents of a seed.
+
+    Parameters
+    ----------
+    alive : sequence of Tensor [W] bool
+        For each seed the latents that take part.
+    pairs : mapping of (int, int) to two Tensors [n] int64
+        For each two seeds their paired latents, such as ``canonical.Matching.pairs`` gives.
+
+    Returns
+    -------
+    Tensor [n_seeds, n_features] bool
+        For :func:`estimate_total_features`.
+
+    Raises
+    ------
+    ValueError
+        For a seed that is not there, and paired latents of which one takes no part.
+    """
+    sizes = [len(one) for one in alive]
+    starts = [sum(sizes[:seed]) for seed in range(len(sizes))]
+    everyone = torch.cat([one.cpu() for one in alive])
+    edges = [torch.zeros(2, 0, dtype=torch.int64)]
+    for (a, b), (first, second) in pairs.items():
+        if not (0 <= a < len(sizes) and 0 <= b < len(sizes)):
+            raise ValueError(f"pairs must be of seeds in 0 … {len(sizes) - 1}, got {a}, {b}")
+        joined = torch.stack([first.cpu() + starts[a], second.cpu() + starts[b]])
+        if not bool(everyone[joined].all()):
+            raise ValueError(f"pairs of seeds {a} and {b} must be of latents that are alive")
+        edges.append(joined)
+    i, j = torch.cat(edges, 1).numpy()
+    graph = coo_array((np.ones(len(i), dtype=bool), (i, j)), shape=(len(everyone), len(everyone)))
+    feature = torch.from_numpy(connected_components(graph, directed=False)[1]).long()[everyone]
+    feature = feature.unique(return_inverse=True)[1]
+    seed = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[everyone]
+    table = torch.zeros(len(sizes), int(feature.max()) + 1 if len(feature) else 0, dtype=torch.bool)
+    table[seed, feature] = True
+    return table
 
 
 @dataclass(frozen=True, eq=False)

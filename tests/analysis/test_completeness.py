@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis.completeness import (
     atomicity,
+    best_f1,
     composition,
     estimate_total_features,
     feature_recovery_curve,
+    matched_features,
     meta_sae,
     stitch,
     stitched_mse,
@@ -646,6 +648,45 @@ def test_seeds_that_agree_on_everything_or_nothing():
     assert apart.equal_rates == math.inf
     assert math.isnan(apart.results["chao"].p)
     assert apart.results["chao"].value > 4
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_the_best_f1_is_that_of_every_latent_for_every_class(csr):
+    g = generator()
+    dense = torch.rand(60, 12, generator=g) * (torch.rand(60, 12, generator=g) < 0.3)
+    dense[:, 5] = 0
+    classes = torch.randint(-1, 6, (60,), generator=g)
+    dense[classes == 3] = 0
+    codes = csr_of(dense) if csr else topk_of(dense, 12)
+    found, latent = best_f1(codes, classes)
+    for one in range(6):
+        scores = [f1_score(classes == one, dense[:, j] > 0, zero_division=0) for j in range(12)]
+        assert float(found[one]) == pytest.approx(max(scores))
+        assert int(latent[one]) == (int(np.argmax(scores)) if max(scores) > 0 else -1)
+    assert latent[3] == -1
+    for wrong in (classes[:5], torch.full((60,), -1), classes.float()):
+        with pytest.raises(ValueError, match=r"classes must be \[60\] whole numbers, some of them at least 0"):
+            best_f1(codes, wrong)
+
+
+def test_latents_that_are_paired_are_one_feature():
+    alive = [torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0, 1]).bool(), torch.ones(2).bool()]
+    pairs = {(0, 1): (torch.tensor([0, 1]), torch.tensor([1, 0])), (1, 2): (torch.tensor([1]), torch.tensor([1]))}
+    table = matched_features(alive, pairs)
+    # Latents 0, 1, 2 of the first seed; then latent 3 of the second and 0 of the third, which are alone.
+    assert sorted(tuple(column) for column in table.T.int().tolist()) == sorted(
+        [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    )
+    # A latent of seed 2 that leads to another one of seed 0 makes them one.
+    chained = matched_features(alive, {**pairs, (0, 2): (torch.tensor([2]), torch.tensor([1]))})
+    assert sorted(tuple(column) for column in chained.T.int().tolist()) == sorted(
+        [(1, 1, 1), (1, 1, 0), (0, 1, 0), (0, 0, 1)]
+    )
+    assert matched_features(alive, {}).sum().item() == 8
+    with pytest.raises(ValueError, match="pairs of seeds 0 and 1 must be of latents that are alive"):
+        matched_features(alive, {(0, 1): (torch.tensor([3]), torch.tensor([0]))})
+    with pytest.raises(ValueError, match="seeds in 0 … 2, got 0, 3"):
+        matched_features(alive, {(0, 3): (torch.tensor([0]), torch.tensor([0]))})
 
 
 def test_millions_of_features_are_estimated_from_few_recaptures():
