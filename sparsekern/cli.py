@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsekern as sk
-from sparsekern.analysis.studies.options import CanonicalOptions, MoeOptions, SplittingOptions
+from sparsekern.analysis.studies.options import CanonicalOptions, CompletenessOptions, MoeOptions, SplittingOptions
 from sparsekern.bench.options import BenchOptions
 from sparsekern.data import (
     EMBEDDED_MODEL,
@@ -512,6 +512,19 @@ def splitting_command(
     from sparsekern.analysis.studies import splitting
 
     _study(splitting.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(CompletenessOptions, studies)
+def completeness_command(
+    options: CompletenessOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """What a wider SAE adds to a narrower one, which latents are sums of others, what is found, how much is there."""
+    from sparsekern.analysis.studies import completeness
+
+    _study(completeness.study(_study_store(activations, output, overwrite), options, output))
 
 
 def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
