@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sparsekern.analysis.completeness.shared import (
     random_rotation,
     tokens_of,
 )
-from sparsekern.analysis.results import Result, frame, null_generator, samples
+from sparsekern.analysis.results import Result, Results, null_generator, samples
 
 _NULL_ROWS = 4096  # random rows decomposed a sample, at most
 _SWEEPS = 1000  # of coordinate descent, at most; a few dozen are enough but for parts that are nearly parallel
@@ -39,7 +39,7 @@ COMPOSITIONS = ("silent", "shared", "composite", "atomic")
 
 
 @dataclass(frozen=True, eq=False)
-class MetaSAE:
+class MetaSAE(Results):
     """What :func:`meta_sae` returns.
 
     Attributes
@@ -58,10 +58,6 @@ class MetaSAE:
     results: dict[str, Result]
     codes: Codes
     atom_cosines: Tensor | None
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 def meta_sae(
@@ -169,7 +165,7 @@ def meta_sae(
 
 
 @dataclass(frozen=True, eq=False)
-class Atomicity:
+class Atomicity(Results):
     """What :func:`atomicity` returns.
 
     Attributes
@@ -203,10 +199,6 @@ class Atomicity:
         if kind not in COMPOSITIONS:
             raise ValueError(f"kind must be one of {', '.join(COMPOSITIONS)}, got {kind!r}")
         return (self.kind == COMPOSITIONS.index(kind)).nonzero().squeeze(1)
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 class _Fit(NamedTuple):

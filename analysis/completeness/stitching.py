@@ -27,7 +27,7 @@ from sparsekern.analysis.completeness.shared import (
     random_directions,
     tokens_of,
 )
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 from sparsekern.codes import check_latents
 from sparsekern.hooks import evaluating
 
@@ -44,7 +44,7 @@ KINDS = ("silent", "novel", "reconstruction")
 
 
 @dataclass(frozen=True, eq=False)
-class Stitching:
+class Stitching(Results):
     """What :func:`stitch` returns.
 
     Attributes
@@ -78,10 +78,6 @@ class Stitching:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         return (self.kind == KINDS.index(kind)).nonzero().squeeze(1)
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None) -> Any:
         """A dot for each active latent: its largest cosine, and what it does to the error, in % of it."""
@@ -226,7 +222,7 @@ def stitch(
 
 
 @dataclass(frozen=True, eq=False)
-class Swapping:
+class Swapping(Results):
     """What :func:`swap` returns. ``F`` is the number of families.
 
     Attributes
@@ -249,10 +245,6 @@ class Swapping:
     remove: Tensor
     swap: Tensor
     mse: float
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.analysis.completeness.shared import Codes, auc, check_count, latents_of, on_cpu, tokens_of
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 
 try:
     from scipy.optimize import brentq
@@ -71,7 +71,7 @@ def best_f1(codes: Codes, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class RecoveryCurve:
+class RecoveryCurve(Results):
     """What :func:`feature_recovery_curve` returns: ``P(found) = σ(intercept + slope · log10 frequency)``.
 
     Attributes
@@ -105,10 +105,6 @@ class RecoveryCurve:
     def predict(self, frequency: Tensor) -> Tensor:
         """P(found) at some frequencies."""
         return torch.sigmoid(self.intercept + self.slope * frequency.double().log10())
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None, bins: int = 8) -> Any:
         """Shares found in bins of as many features, the fit with its 95% band, and fits of permuted frequencies."""
@@ -297,7 +293,7 @@ def matched_features(alive: Sequence[Tensor], pairs: Mapping[tuple[int, int], tu
 
 
 @dataclass(frozen=True, eq=False)
-class TotalFeatures:
+class TotalFeatures(Results):
     """What :func:`estimate_total_features` returns.
 
     Attributes
@@ -322,10 +318,6 @@ class TotalFeatures:
     equal_rates: float
     interval: dict[str, tuple[float, float]]
     error: dict[str, float]
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 def estimate_total_features(
