@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis.assignment import assign
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 
 try:
     from scipy.optimize import linear_sum_assignment
@@ -39,7 +39,7 @@ _PRODUCTS = 2**24  # products of two codes that are held at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Matching:
+class Matching(Results):
     """What :func:`match` returns. W1 and W2 are the numbers of latents of the two SAEs.
 
     Attributes
@@ -76,10 +76,6 @@ class Matching:
         """Indices of paired latents in the first and in the second SAE, such as pair the rows of two decoders."""
         first = (self.shared if shared_only else self.partner >= 0).nonzero().squeeze(1)
         return first, self.partner[first]
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None) -> Any:
         """Histogram of the decoder cosines of all pairs, beside one sample of each null; returns the axes."""
@@ -226,7 +222,7 @@ def match(
 
 
 @dataclass(frozen=True, eq=False)
-class MaxCosines:
+class MaxCosines(Results):
     """What :func:`mmcs` returns.
 
     Attributes
@@ -464,7 +460,7 @@ def _plot_cosines(groups: Mapping[str, Tensor], axes: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationMatching:
+class ActivationMatching(Results):
     """What :func:`match_by_activation` returns.
 
     Attributes

@@ -126,6 +126,20 @@ class Result:
         return axes
 
 
+class Results:
+    """Base of what an analysis returns: a dataclass with its numbers as `results`, and tensors beside them."""
+
+    results: dict[str, Result]
+
+    def to_frame(self) -> Any:
+        """All results as one pandas.DataFrame."""
+        return frame(self.results.values())
+
+    def plot(self) -> Any:
+        """A panel for each result, one above the other; returns the matplotlib figure."""
+        return plot(self.results.values())
+
+
 def frame(results: Iterable[Result]) -> Any:
     """The records of several results as one pandas.DataFrame."""
     try:

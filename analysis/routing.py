@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparsekern import SwitchSAE
-from sparsekern.analysis.results import Result, frame, new_axes, plain, samples
+from sparsekern.analysis.results import Result, Results, new_axes, plain, samples
 from sparsekern.analysis.tokens import UNLABELLED
 from sparsekern.progress import Progress
 
@@ -42,7 +42,7 @@ _NULL_EXPERTS = 8  # under a permutation experts are alike: so many stand for al
 
 
 @dataclass(frozen=True, eq=False)
-class RouterGeometry:
+class RouterGeometry(Results):
     """What :func:`router_geometry` returns. ``E`` is the number of experts, NaN stands for experts without latents.
 
     Attributes
@@ -96,10 +96,6 @@ class RouterGeometry:
             return torch.empty(0)
         angles = subspace_angles(self.spans[first].T.double().numpy(), self.spans[second].T.double().numpy())
         return torch.from_numpy(np.degrees(angles))
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tokens and the spans, as plain JSON values."""

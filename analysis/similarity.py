@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, null_generator, samples
+from sparsekern.analysis.results import Result, Results, null_generator, samples
 
 try:
     from scipy.spatial.distance import pdist, squareform
@@ -201,7 +201,7 @@ def cka(
 
 
 @dataclass(frozen=True, eq=False)
-class Transfer:
+class Transfer(Results):
     """What :func:`procrustes_transfer` returns.
 
     Attributes
@@ -218,10 +218,6 @@ class Transfer:
     rotation: Tensor
     mean: Tensor
     mean_other: Tensor
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 @torch.no_grad()

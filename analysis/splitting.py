@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, plain, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, plain, samples
 
 try:
     from scipy.linalg import eigh
@@ -41,7 +41,7 @@ _TINY = 1e-6  # an offset shorter than this part of its child is rounding
 
 
 @dataclass(frozen=True, eq=False)
-class SplitMap:
+class SplitMap(Results):
     """What :func:`split_map` returns: a bipartite graph of the latents of a small and a large SAE.
 
     Attributes
@@ -91,10 +91,6 @@ class SplitMap:
     def children_lists(self) -> list[Tensor]:
         """Children of every latent of the small SAE, nearest first."""
         return list(self.child.split(self.n_children.tolist()))
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Results, edges and histograms as plain JSON values."""
@@ -243,7 +239,7 @@ def split_offsets(parents: Tensor, children: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Parallelogram:
+class Parallelogram(Results):
     """What :func:`parallelogram` returns.
 
     Attributes
@@ -261,10 +257,6 @@ class Parallelogram:
     results: dict[str, Result]
     by_topic: Tensor
     offsets: Tensor
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None) -> Any:
         """A dot for each topic: the mean cosine of its offsets across parents, beside the mean of different topics."""
@@ -359,7 +351,7 @@ def parallelogram(
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class Factors(Results):
     """What :func:`factor_directions` returns.
 
     Attributes
@@ -465,7 +457,7 @@ def factor_directions(
 
 
 @dataclass(frozen=True, eq=False)
-class Projection:
+class Projection(Results):
     """What :func:`project_out` returns.
 
     Attributes
@@ -574,7 +566,7 @@ def project_out(
 
 
 @dataclass(frozen=True, eq=False)
-class WhyNotFound:
+class WhyNotFound(Results):
     """What :func:`why_not_found` returns. Everything on held-out tokens, after training on.
 
     Attributes

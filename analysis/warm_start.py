@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis.canonical import Matching, match
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 from sparsekern.analysis.toy import Toy, ZipfFeatures
 from sparsekern.progress import Progress
 
@@ -168,7 +168,7 @@ def _check_rows(name: str, sae: sk.SAE) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class SeedPair:
+class SeedPair(Results):
     """What :func:`seeds` returns.
 
     Attributes
@@ -193,10 +193,6 @@ class SeedPair:
     recovered: Tensor
     fvu: Tensor
     results: dict[str, Result]
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
 
 def seeds(
@@ -270,7 +266,7 @@ def seeds(
 
 
 @dataclass(frozen=True, eq=False)
-class Saving:
+class Saving(Results):
     """What :func:`compare_starts` and :func:`warm_start_saving` return.
 
     Attributes
@@ -290,10 +286,6 @@ class Saving:
     fvu: dict[str, Tensor]
     copied: int
     results: dict[str, Result]
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None) -> Any:
         """FVU over tokens of training, a line for each start; returns the axes."""

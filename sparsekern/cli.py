@@ -26,6 +26,7 @@ from rich.table import Table
 import sparsekern as sk
 from sparsekern.analysis.studies.options import (
     CanonicalOptions,
+    CompletenessOptions,
     MoeOptions,
     OpposingOptions,
     SplittingOptions,
@@ -518,6 +519,19 @@ def splitting_command(
     from sparsekern.analysis.studies import splitting
 
     _study(splitting.study(_study_store(activations, output, overwrite), options, output))
+
+
+@command(CompletenessOptions, studies)
+def completeness_command(
+    options: CompletenessOptions,
+    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+) -> None:
+    """What a wider SAE adds to a narrower one, which latents are sums of others, what is found, how much is there."""
+    from sparsekern.analysis.studies import completeness
+
+    _study(completeness.study(_study_store(activations, output, overwrite), options, output))
 
 
 @command(OpposingOptions, studies)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import sparsekern as sk
 from sparsekern.analysis.opposing.pairs import antipodal_pairs
 from sparsekern.analysis.opposing.report import AntipodalReport, antipodal_report, check_n_null
-from sparsekern.analysis.results import Result, frame, new_axes, samples
+from sparsekern.analysis.results import Result, Results, frame, new_axes, samples
 from sparsekern.modules import Activation
 
 _MEASURED = 8192  # fresh tokens of an experiment
@@ -62,7 +62,7 @@ class DenseDirection:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseDirectionRun:
+class DenseDirectionRun(Results):
     """What :func:`dense_direction` returns, measured on 8,192 fresh tokens.
 
     Attributes

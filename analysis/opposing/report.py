@@ -19,14 +19,14 @@ from sparsekern.analysis.opposing.pairs import (
     opposites,
     parts,
 )
-from sparsekern.analysis.results import Result, frame, new_axes, plain, samples
+from sparsekern.analysis.results import Result, Results, new_axes, plain, samples
 
 _NULL_ROWS = 1024  # random latents whose opposites are looked for among all of a null
 _FLIPPED, _PERMUTED = "signs flipped", "encoder rows permuted"
 
 
 @dataclass(frozen=True, eq=False)
-class DenseLatents:
+class DenseLatents(Results):
     """What :func:`dense_latents` returns.
 
     Attributes
@@ -110,7 +110,7 @@ def dense_latents(
 
 
 @dataclass(frozen=True, eq=False)
-class AntipodalReport:
+class AntipodalReport(Results):
     """What :func:`antipodal_report` returns.
 
     Attributes
@@ -140,10 +140,6 @@ class AntipodalReport:
         """``paired`` with another threshold: the share of latents of a score of `tau` or more, beside all nulls."""
         check_tau(tau)
         return _paired(self.pairs, self.null_scores, tau)
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Results and pairs as plain JSON values."""

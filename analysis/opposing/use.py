@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis.opposing.report import check_n_null
-from sparsekern.analysis.results import Result, samples
+from sparsekern.analysis.results import Result, Results, samples
 
 _TOKENS = 8192  # whose products are summed at a time, in float64
 _NEAR = 16  # latents of the nearest density, of which one takes a partner's place
 
 
 @dataclass(frozen=True, eq=False)
-class PairUse:
+class PairUse(Results):
     """What :func:`pair_use` returns; n pairs.
 
     Attributes

@@ -131,6 +131,20 @@ class SplittingOptions(SAEsOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletenessOptions(SAEsOptions):
+    """Options of ``sparsekern study completeness``."""
+
+    meta_steps: int = option(500, "of training of a meta-SAE", at_least=1)
+    least: int = option(5, "occurrences of a token among the held-out ones, for an SAE to be asked for it", at_least=1)
+    found_at: float = option(0.8, "F1 above which a token has a latent of its own", above=0, below=1)
+
+    def resolved(self, width: int, output: Path) -> CompletenessOptions:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        options = super().resolved(width, output)
+        return dataclasses.replace(options, meta_steps=20, least=2) if self.quick else options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyOptions(Options):
     """Options of ``sparsekern study toy``."""
 

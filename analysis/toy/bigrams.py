@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, relu
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, new_axes, null_generator, samples
+from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 from sparsekern.analysis.toy.generators import ContextTopics
 from sparsekern.progress import Progress
 
@@ -150,7 +150,7 @@ def response_shares(responses: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class BigramSplitting:
+class BigramSplitting(Results):
     """What :func:`bigram_splitting` returns.
 
     The first dimensions of the tensors are the nets (`NETS`), the worlds and `rhos`; then `widths` and `l1`. The
@@ -193,10 +193,6 @@ class BigramSplitting:
     l0: Tensor
     hidden: Tensor
     net_kl: Tensor
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def to_records(self) -> list[dict[str, Any]]:
         """One plain dict for each SAE."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, new_axes, samples
+from sparsekern.analysis.results import Result, Results, new_axes, samples
 from sparsekern.analysis.toy.generators import ContextTopics
 
 _MEASURED = 2048
@@ -99,7 +99,7 @@ def predicted_split(
 
 
 @dataclass(frozen=True, eq=False)
-class SplittingLaw:
+class SplittingLaw(Results):
     """What :func:`splitting_law` returns: a row for each penalty, a column for each width.
 
     Attributes
@@ -124,10 +124,6 @@ class SplittingLaw:
     loss: Tensor
     predicted_loss: Tensor
     predicted: Tensor
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def to_records(self) -> list[dict[str, Any]]:
         """One plain dict for each cell."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, frame, new_axes, samples
+from sparsekern.analysis.results import Result, Results, new_axes, samples
 from sparsekern.analysis.toy.generators import ManifoldFeatures
 
 try:
@@ -24,7 +24,7 @@ _KNEE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class ManifoldOrFinite:
+class ManifoldOrFinite(Results):
     """What :func:`manifold_or_finite` returns; rows of the tensors are the points, then the whole manifold.
 
     Attributes
@@ -56,10 +56,6 @@ class ManifoldOrFinite:
             next((w for w, low in zip(self.widths, row, strict=True) if low), None) for row in below.tolist()
         )
         return first, second
-
-    def to_frame(self) -> Any:
-        """All results as one pandas.DataFrame."""
-        return frame(self.results.values())
 
     def plot(self, axes: Any = None) -> Any:
         """Loss by width."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.results import Result, null_generator, samples
+from sparsekern.analysis.results import Result, Results, null_generator, samples
 from sparsekern.analysis.toy.generators import TreeFeatures
 
 try:
@@ -22,7 +22,7 @@ _BATCH = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class GroundTruthScores:
+class GroundTruthScores(Results):
     """What :func:`ground_truth_scores` returns.
 
     Attributes

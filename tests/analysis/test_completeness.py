@@ -9,20 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis import completeness
 from sparsekern.analysis.completeness import (
     atomicity,
+    best_f1,
+    composition,
     estimate_total_features,
     feature_recovery_curve,
+    matched_features,
     meta_sae,
     stitch,
     stitched_mse,
+    stitching,
     swap,
+    totals,
 )
+from sparsekern.analysis.results import samples
 from sparsekern.analysis.toy import CopulaFeatures
 
 
@@ -70,7 +75,7 @@ def topk_of(dense, k):
 
 @pytest.mark.parametrize("csr", [False, True])
 def test_a_change_is_that_of_the_error_with_the_latent_added(csr, monkeypatch):
-    monkeypatch.setattr(completeness, "_BATCH", 128)  # three batches
+    monkeypatch.setattr(stitching, "BATCH", 128)  # three batches
     small, large, x = random_pair(csr)
     found = stitch(small, large, x, n_null=1)
     base = stitched_mse(small, large, x)
@@ -104,7 +109,7 @@ def test_latents_left_out_are_taken_from_the_reconstruction():
 
 @pytest.mark.parametrize("csr", [False, True])
 def test_a_swap_is_that_of_the_error_with_the_family_exchanged(csr, monkeypatch):
-    monkeypatch.setattr(completeness, "_SWAP_BATCH", 100)
+    monkeypatch.setattr(stitching, "_SWAP_BATCH", 100)
     small, large, x = random_pair(csr)
     with torch.no_grad():  # families of more than one latent on each side
         large.W_dec[:24] = normalize(small.W_dec[:24] + 0.1 * torch.randn(24, 24, generator=generator(1)), dim=1)
@@ -403,7 +408,7 @@ def test_a_fit_is_the_best_non_negative_one_on_its_rows():
     g = generator()
     dictionary = normalize(torch.randn(40, 12, generator=g), dim=1)
     rows = normalize(torch.randn(30, 12, generator=g), dim=1)
-    found = completeness._pursuit(rows, dictionary, 4, 0.0)  # all parts count
+    found = composition._pursuit(rows, dictionary, 4, 0.0)  # all parts count
     for row, parts, coefficients, r2 in zip(rows, *found, strict=True):
         named = parts[parts >= 0]
         wanted, norm = nnls(dictionary[named].T.double().numpy(), row.double().numpy())
@@ -426,7 +431,7 @@ def test_coactivation_is_that_of_dense_codes(seed, topk):
     small[:, 4] = 0
     parts = torch.randint(-1, 9, (6, 3), generator=g)
     codes = [topk_of(z, z.shape[1]) if topk else csr_of(z) for z in (large, small)]
-    found = completeness._Pairs(*codes).coactivation(parts, torch.arange(6))
+    found = composition._Pairs(*codes).coactivation(parts, torch.arange(6))
     for latent in range(6):
         on = large[:, latent] > 0
         shares = [float((small[on, part] > 0).double().mean()) for part in parts[latent].tolist() if part >= 0]
@@ -643,6 +648,66 @@ def test_seeds_that_agree_on_everything_or_nothing():
     assert apart.equal_rates == math.inf
     assert math.isnan(apart.results["chao"].p)
     assert apart.results["chao"].value > 4
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_the_best_f1_is_that_of_every_latent_for_every_class(csr):
+    g = generator()
+    dense = torch.rand(60, 12, generator=g) * (torch.rand(60, 12, generator=g) < 0.3)
+    dense[:, 5] = 0
+    classes = torch.randint(-1, 6, (60,), generator=g)
+    dense[classes == 3] = 0
+    codes = csr_of(dense) if csr else topk_of(dense, 12)
+    found, latent = best_f1(codes, classes)
+    for one in range(6):
+        scores = [f1_score(classes == one, dense[:, j] > 0, zero_division=0) for j in range(12)]
+        assert float(found[one]) == pytest.approx(max(scores))
+        assert int(latent[one]) == (int(np.argmax(scores)) if max(scores) > 0 else -1)
+    assert latent[3] == -1
+    for wrong in (classes[:5], torch.full((60,), -1), classes.float()):
+        with pytest.raises(ValueError, match=r"classes must be \[60\] whole numbers, some of them at least 0"):
+            best_f1(codes, wrong)
+
+
+def test_latents_that_are_paired_are_one_feature():
+    alive = [torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0, 1]).bool(), torch.ones(2).bool()]
+    pairs = {(0, 1): (torch.tensor([0, 1]), torch.tensor([1, 0])), (1, 2): (torch.tensor([1]), torch.tensor([1]))}
+    table = matched_features(alive, pairs)
+    # Latents 0, 1, 2 of the first seed; then latent 3 of the second and 0 of the third, which are alone.
+    assert sorted(tuple(column) for column in table.T.int().tolist()) == sorted(
+        [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    )
+    # A latent of seed 2 that leads to another one of seed 0 makes them one.
+    chained = matched_features(alive, {**pairs, (0, 2): (torch.tensor([2]), torch.tensor([1]))})
+    assert sorted(tuple(column) for column in chained.T.int().tolist()) == sorted(
+        [(1, 1, 1), (1, 1, 0), (0, 1, 0), (0, 0, 1)]
+    )
+    assert matched_features(alive, {}).sum().item() == 8
+    with pytest.raises(ValueError, match="pairs of seeds 0 and 1 must be of latents that are alive"):
+        matched_features(alive, {(0, 1): (torch.tensor([3]), torch.tensor([0]))})
+    with pytest.raises(ValueError, match="seeds in 0 … 2, got 0, 3"):
+        matched_features(alive, {(0, 3): (torch.tensor([0]), torch.tensor([0]))})
+
+
+def test_millions_of_features_are_estimated_from_few_recaptures():
+    """One of 4,000 features a seed was found again: 8 million in all, of which only those found may be drawn."""
+    table = torch.zeros(2, 7999).bool()
+    table[0, :4000] = table[1, 3999:] = True
+    found = estimate_total_features(table, n_bootstrap=20, n_null=20)
+    assert found.results["lincoln_petersen"].value == pytest.approx(4001**2 / 2 - 1)
+    assert found.equal_rates == pytest.approx(4000**2, rel=1e-3)
+    low, high = found.interval["chao"]
+    assert low < found.results["chao"].value < high
+    assert found.results["chao"].nulls["equal and independent rates"].median() > 10**6
+    sizes = torch.stack([totals._captured(1e6, torch.tensor([1e-3, 2e-3]), generator(i)).sum(1) for i in range(20)])
+    assert sizes.double().mean(0).tolist() == pytest.approx([1000, 2000], rel=0.03)  # four standard errors
+
+
+def test_what_chance_captures_is_independent():
+    """50 draws of 2,000 features: found by both 400, standard error 2.5."""
+    tables = [totals._captured(2000, torch.tensor([0.5, 0.4]), generator(i)) for i in range(50)]
+    assert all(table.any(0).all() for table in tables)
+    assert float(samples(int(table.all(0).sum()) for table in tables).mean()) == pytest.approx(400, abs=10)
 
 
 @settings(max_examples=20, deadline=None)

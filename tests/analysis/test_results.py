@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsekern.analysis.results import Result, frame, markdown, plain, plot, samples
+from sparsekern.analysis.splitting import Factors
 
 
 @pytest.fixture
@@ -72,3 +73,11 @@ def test_json_gets_no_nan():
 def test_an_unknown_tail_is_refused():
     with pytest.raises(ValueError, match="tail must be one of greater, less, two-sided, got 'up'"):
         Result("r", 0.0, {}, tail="up")
+
+
+def test_what_an_analysis_returns_has_a_table_and_a_picture():
+    pytest.importorskip("matplotlib")
+    measures = {name: Result(name, 1.0, {"null": torch.zeros(3)}) for name in ("one", "two")}
+    found = Factors(measures, torch.eye(2), torch.eye(2), torch.zeros(2))
+    assert found.to_frame()["measure"].tolist() == ["one", "two"]
+    assert [axes.get_xlabel() for axes in found.plot().axes] == ["one", "two"]
