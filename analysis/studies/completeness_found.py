@@ -124,7 +124,7 @@ def recovery(
                 f"{width:,}",
                 cell(shares[width], ".1%"),
                 listed((one.slope for one in group_of), ".2f"),
-                number(float(group_of[0].results["slope"].nulls["frequencies permuted"].max()), ".2f"),
+                number(max(_highest(one.results["slope"]) for one in group_of), ".2f"),
                 ", ".join(_half(one) for one in group_of),
             ]
         )
