@@ -305,7 +305,7 @@ def _meta(page: Page, trained: TrainedSAEs, options: CompletenessOptions, progre
                     steps=options.meta_steps,
                     batch_size=_META_BATCH,
                     n_null=options.n_costly,
-                    seed=options.seed,
+                    seed=one.seed,  # other nulls for each, too
                 )
             )
             bar.update(len(found))
