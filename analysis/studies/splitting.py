@@ -92,8 +92,7 @@ def _maps(
     with Progress("maps", len(steps) * options.seeds, unit="maps", shown=progress) as bar:
         for step in steps:
             for seed in range(options.seeds):
-                small, large = (trained.by_width[width][seed] for width in step)
-                rows = [one.sae.W_dec.detach() * one.alive[:, None] for one in (small, large)]
+                rows = [one.sae.W_dec.detach() * one.alive[:, None] for one in _pair(trained, step, seed)]
                 n_null = options.n_costly if seed == 0 else 0
                 found = split_map(*rows, cos=options.cos, n_null=n_null, seed=options.seed)
                 maps.setdefault(step, found)
@@ -107,11 +106,12 @@ def _maps(
     ]
     page.table(["widths", *names.values()], rows_)
     page.text(
-        f"A latent of the wider SAE is a **child** of those of the narrower one whose direction is within a cosine of "
+        "A latent of the wider SAE is a **child** of those of the narrower one whose direction is within a cosine of "
         f"{options.cos:g} of its own. *Latents that split*: share of the narrower SAE's latents with two children at "
-        "least; *with a parent*: share of the wider one's. Every cell has the values of all seeds and in brackets the "
-        "highest sample of the nulls: the coordinates of each row of the wider SAE permuted, and random directions "
-        "with their second moment. Latents that are active on no held-out token take no part."
+        "least; *with a parent*: share of the wider one's. Every cell has the values of all pairs of seeds and in "
+        "brackets the highest sample of the nulls: the coordinates of each row of the wider SAE permuted, and random "
+        "directions with their second moment. Latents that are active on no held-out token take no part. The two "
+        "SAEs of a pair have different seeds, because those of one seed start from the same random rows."
     )
     figure, panels = new_panels(len(steps), width=5)
     for axes, step in zip(panels, steps, strict=True):
@@ -126,10 +126,16 @@ def _cell(results: list[Result]) -> str:
     return f"{values} ({max(numbers.max() for numbers in results[0].nulls.values()):.3f})"
 
 
+def _pair(trained: TrainedSAEs, step: tuple[int, int], seed: int = 0) -> tuple[Trained, Trained]:
+    """A narrower and a wider SAE, of different seeds: those of one seed start from the same random rows."""
+    narrow, wide = (trained.by_width[width] for width in step)
+    return narrow[seed], wide[(seed + 1) % len(wide)]
+
+
 def _examples(page: Page, store: ActivationStore, trained: TrainedSAEs, found: SplitMap) -> None:
     if not (trained.held_out.tokens >= 0).any():
         return
-    small, large = (trained.by_width[width][0] for width in trained.widths[-2:])
+    small, large = _pair(trained, (trained.widths[-2], trained.widths[-1]))
     parents = (found.n_children >= 2).nonzero().squeeze(1)
     parents = parents[small.density[parents] * len(trained.held_out.x) >= _LEAST]
     parents = parents[small.density[parents].argsort(descending=True, stable=True)]
@@ -141,7 +147,7 @@ def _examples(page: Page, store: ActivationStore, trained: TrainedSAEs, found: S
         rows.append([str(parent), small.words(store, trained.held_out, parent), str(len(children)), told])
     page.section("Some latents and their children")
     page.table(["latent", "words of its strongest tokens", "children", f"those of the nearest {_CHILDREN}"], rows)
-    page.text("Parents evenly spaced by frequency, seed 0, between the two widest SAEs.")
+    page.text("Parents evenly spaced by frequency, first pair of seeds, between the two widest SAEs.")
 
 
 class _Offsets(NamedTuple):
@@ -156,7 +162,7 @@ def _topics(page: Page, trained: TrainedSAEs, found: SplitMap, options: Splittin
     page.section("Does a topic move every latent in the same direction?")
     held_out = trained.held_out
     topics = _topics_of(held_out, options)
-    small, large = (trained.by_width[width][0] for width in trained.widths[-2:])
+    small, large = _pair(trained, (trained.widths[-2], trained.widths[-1]))
     children = _children_by_topic(found, large, topics, options.topics)
     kept = _frequent((children >= 0).sum(1) >= 2, small.density, options.parents)
     if int(kept.sum()) < 2:
