@@ -103,13 +103,13 @@ class OpposingOptions(SAEsOptions):
     tau: float = option(0.8, "least score of an antipodal pair", above=0, at_most=1)
     densest: int = option(16, "latents of each SAE that stand for the dense ones", at_least=1)
     strongest: int = option(8, "pairs of each SAE that are looked at on tokens", at_least=1)
-    signed: int = option(3, "SAEs of signed latents (AbsTopK), at most one for each seed", at_least=1)
+    signed: int = option(1, "SAEs of signed latents (AbsTopK), at most one for each seed", at_least=1)
     toy_seeds: int = option(3, "trainings of each kind on made data", at_least=1)
 
     def resolved(self, width: int, output: Path) -> OpposingOptions:
         """As :meth:`SAEsOptions.resolved`."""
         options = super().resolved(width, output)
-        return dataclasses.replace(options, signed=1, toy_seeds=1) if options.quick else options
+        return dataclasses.replace(options, toy_seeds=1) if options.quick else options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
