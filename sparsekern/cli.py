@@ -7,6 +7,7 @@ validated in one place. A flag wins over the file.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -482,69 +483,48 @@ def bench_command(options: BenchOptions) -> None:
         raise typer.Exit(1)
 
 
-@command(MoeOptions, studies)
-def moe_command(
-    options: MoeOptions,
-    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
-    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures, results.json and the runs.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
-) -> None:
-    """What the experts of a mixture of experts divide among themselves: loads, labels, latents, a merge tree, a toy."""
-    from sparsekern.analysis.studies import moe
+def _study_of_activations(name: str, cls: type[Options], summary: str) -> None:
+    """Register ``sparsekern study NAME``, which runs the study of that name on a store."""
 
-    _study(moe.study(_study_store(activations, output, overwrite), options, output))
+    def run_study(
+        options: Options,
+        activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
+        output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures, results.json and the SAEs.")],
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
+    ) -> None:
+        _check_output(output, overwrite)
+        module = importlib.import_module(f"sparsekern.analysis.studies.{name}")
+        _study(module.study(ActivationStore(activations), options, output))
 
-
-@command(CanonicalOptions, studies)
-def canonical_command(
-    options: CanonicalOptions,
-    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
-    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
-) -> None:
-    """Whether SAEs from different seeds find the same latents, by width; and what starting from these saves."""
-    from sparsekern.analysis.studies import canonical
-
-    _study(canonical.study(_study_store(activations, output, overwrite), options, output))
+    run_study.__name__, run_study.__doc__ = name, summary
+    command(cls, studies)(run_study)
 
 
-@command(SplittingOptions, studies)
-def splitting_command(
-    options: SplittingOptions,
-    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
-    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
-) -> None:
-    """Which latents a wider SAE has for one of a narrower, and whether the same directions split them all."""
-    from sparsekern.analysis.studies import splitting
-
-    _study(splitting.study(_study_store(activations, output, overwrite), options, output))
-
-
-@command(CompletenessOptions, studies)
-def completeness_command(
-    options: CompletenessOptions,
-    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
-    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures and results.json.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
-) -> None:
-    """What a wider SAE adds to a narrower one, which latents are sums of others, what is found, how much is there."""
-    from sparsekern.analysis.studies import completeness
-
-    _study(completeness.study(_study_store(activations, output, overwrite), options, output))
-
-
-@command(OpposingOptions, studies)
-def opposing_command(
-    options: OpposingOptions,
-    activations: Annotated[Path, typer.Argument(help="A store written by `sparsekern harvest`.")],
-    output: Annotated[Path, typer.Option(help="Folder for page.md, its pictures, results.json and the SAEs.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in the folder.")] = False,
-) -> None:
-    """Which latents oppose each other, whether they are the dense ones, and what signed latents make of them."""
-    from sparsekern.analysis.studies import opposing
-
-    _study(opposing.study(_study_store(activations, output, overwrite), options, output))
+_study_of_activations(
+    "moe",
+    MoeOptions,
+    "What the experts of a mixture of experts divide among themselves: loads, labels, latents, a merge tree, a toy.",
+)
+_study_of_activations(
+    "canonical",
+    CanonicalOptions,
+    "Whether SAEs from different seeds find the same latents, by width; and what starting from these saves.",
+)
+_study_of_activations(
+    "splitting",
+    SplittingOptions,
+    "Which latents a wider SAE has for one of a narrower, and whether the same directions split them all.",
+)
+_study_of_activations(
+    "completeness",
+    CompletenessOptions,
+    "What a wider SAE adds to a narrower one, which latents are sums of others, what is found, how much is there.",
+)
+_study_of_activations(
+    "opposing",
+    OpposingOptions,
+    "Which latents oppose each other, whether they are the dense ones, and what signed latents make of them.",
+)
 
 
 @command(ToyOptions, studies)
@@ -564,12 +544,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
     """Raise where a study would be lost."""
     if (output / "page.md").exists() and not overwrite:
         raise ValueError(f"{output} holds a study already; overwrite it, or choose another folder")
-
-
-def _study_store(activations: Path, output: Path, overwrite: bool) -> ActivationStore:
-    """The store of a study, once it is clear that nothing in `output` is lost."""
-    _check_output(output, overwrite)
-    return ActivationStore(activations)
 
 
 def _study(written: list[Path]) -> None:

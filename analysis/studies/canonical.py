@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern.analysis.canonical import Matching, match, match_by_activation, mmcs
+from sparsekern.analysis.completeness.shared import auc
 from sparsekern.analysis.results import Result, markdown, new_axes, new_panels, null_generator, samples
 from sparsekern.analysis.similarity import cka, procrustes_transfer, rsa, svcca
 from sparsekern.analysis.studies.options import CanonicalOptions
@@ -64,11 +65,7 @@ def _start(page: Page, store: ActivationStore, options: CanonicalOptions, traine
         "If a sparse autoencoder found *the* features of a model, training it again from other random weights would "
         "find them again. Here SAEs of the same width, which differ in nothing but the weights that they start from, "
         "are compared latent by latent.",
-        f"- Activations: {source_of(store)}.\n"
-        f"- SAEs: TopK, k = {options.k}, {options.seeds} seeds of each width, {options.steps:,} steps of "
-        f"{options.batch_size:,} tokens, with AuxK.\n"
-        f"- Measured on {len(trained.held_out.x):,} tokens of held-out contexts. Latents that are active on none of "
-        "these take no part.",
+        trained.setting(store, options),
         HOW_TO_READ,
     )
     page.section("The SAEs")
@@ -202,21 +199,12 @@ def _frequency(
 
 
 def _frequent_are_shared(density: Tensor, shared: Tensor, width: int, options: CanonicalOptions) -> Result:
-    """AUC of the density for being shared."""
-    ranks = density.double().argsort().argsort().double() + 1
-    _, group, counts = density.unique(return_inverse=True, return_counts=True)
-    ranks = (torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, ranks) / counts)[group]  # ties
-    n = int(shared.sum())
-
-    def auc(order: Tensor) -> float:
-        if n in (0, len(shared)):
-            return float("nan")
-        return float((ranks[order][shared].sum() - n * (n + 1) / 2) / (n * (len(shared) - n)))
-
+    """The area under the ROC curve of the density for being shared."""
     generator = null_generator(options.seed)
-    null = samples(auc(torch.randperm(len(shared), generator=generator)) for _ in range(options.n_null))
+    orders = (torch.randperm(len(shared), generator=generator) for _ in range(options.n_null))
+    null = samples(auc(shared, density[order]) for order in orders)
     name = f"with {width:,} latents, probability that the shared one of two is the more frequent"
-    return Result(name, auc(torch.arange(len(shared))), {"densities permuted": null}, tail="two-sided")
+    return Result(name, auc(shared, density), {"densities permuted": null}, tail="two-sided")
 
 
 def _examples(page: Page, store: ActivationStore, trained: TrainedSAEs, matchings: dict[int, list[Matching]]) -> None:

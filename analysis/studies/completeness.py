@@ -26,7 +26,7 @@ from sparsekern.analysis.completeness import (
 from sparsekern.analysis.results import markdown, new_axes, new_panels, plot, samples, strip
 from sparsekern.analysis.studies.completeness_found import cell, concepts_of, listed, mean_of, recovery, totals
 from sparsekern.analysis.studies.options import CompletenessOptions
-from sparsekern.analysis.studies.page import HOW_TO_READ, Page, source_of
+from sparsekern.analysis.studies.page import HOW_TO_READ, Page
 from sparsekern.analysis.studies.saes import Trained, TrainedSAEs, train_saes
 from sparsekern.data import ActivationStore
 from sparsekern.progress import Progress
@@ -85,11 +85,7 @@ def _start(page: Page, store: ActivationStore, trained: TrainedSAEs, options: Co
         "none is a sum of others. This page asks for both: what a wider SAE adds to a narrower one, whether the wider "
         "one's latents are made of the narrower one's, which tokens have a latent of their own, and how many features "
         "there would be in all.",
-        f"- Activations: {source_of(store)}.\n"
-        f"- SAEs: TopK, k = {options.k}, {options.seeds} seeds of each width, {options.steps:,} steps of "
-        f"{options.batch_size:,} tokens, with AuxK.\n"
-        f"- Measured on {len(trained.held_out.x):,} tokens of held-out contexts. Latents that are active on none of "
-        "these take no part.",
+        trained.setting(store, options),
         HOW_TO_READ,
         "Cells of tables have the values of all seeds and in brackets the highest sample of the nulls.",
     )

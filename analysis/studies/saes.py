@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern.analysis.studies.options import SAEsOptions
+from sparsekern.analysis.studies.page import source_of
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
 from sparsekern.files import write_json
@@ -69,6 +70,16 @@ class TrainedSAEs:
     def widths(self) -> list[int]:
         """Numbers of latents, rising."""
         return list(self.by_width)
+
+    def setting(self, store: ActivationStore, options: SAEsOptions) -> str:
+        """What was trained on what, and measured, for the opening of a page."""
+        return (
+            f"- Activations: {source_of(store)}.\n"
+            f"- SAEs: TopK, k = {options.k}, {options.seeds} seeds of each width, {options.steps:,} steps of "
+            f"{options.batch_size:,} tokens, with AuxK.\n"
+            f"- Measured on {len(self.held_out.x):,} tokens of held-out contexts. Latents that are active on none of "
+            "these take no part."
+        )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows that say what the SAEs are like."""

@@ -22,7 +22,7 @@ from sparsekern.analysis.splitting import (
     why_not_found,
 )
 from sparsekern.analysis.studies.options import SplittingOptions
-from sparsekern.analysis.studies.page import HOW_TO_READ, Page, sentence, source_of
+from sparsekern.analysis.studies.page import HOW_TO_READ, Page, sentence
 from sparsekern.analysis.studies.saes import Trained, TrainedSAEs, train_saes
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
@@ -53,10 +53,7 @@ def study(store: ActivationStore, options: SplittingOptions, output: Path, progr
         "A wide sparse autoencoder often has several latents where a narrow one has one: one for a word, then one for "
         "that word in mathematics and one for it in physics. This page asks how many latents split, into what, and "
         "whether different latents are split by the *same* directions.",
-        f"- Activations: {source_of(store)}.\n"
-        f"- SAEs: TopK, k = {options.k}, {options.seeds} seeds of each width, {options.steps:,} steps of "
-        f"{options.batch_size:,} tokens, with AuxK.\n"
-        f"- Measured on {len(trained.held_out.x):,} tokens of held-out contexts.",
+        trained.setting(store, options),
         HOW_TO_READ,
     )
     page.section("The SAEs")
