@@ -1,8 +1,8 @@
 """What the experts of a routed SAE have divided among themselves: tokens, directions, latents.
 
 Every number comes as a :class:`~sparsekern.analysis.results.Result`, beside the same number for a router that learned
-nothing, for labels or latents that were permuted, and for k-means. ``docs/analyses.md`` has the formulas, and what each
-cannot tell.
+nothing, for labels or latents that were permuted, and for k-means. ``docs/analyses/routing.md`` has the formulas, and
+what each cannot tell.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Where a small SAE has a latent for topology and one for algebra, a larger one ma
 in physics, algebra in mathematics, … Here the children of a latent are found by cosine (:func:`split_map`), what makes
 a child of a parent is their difference (:func:`split_offsets`), and :func:`parallelogram` asks whether it is the same
 under every parent. :func:`factor_directions` and :func:`project_out` look for what the differences share, and
-:func:`why_not_found` asks why the SAE has no latent for it. ``docs/analyses.md`` says what the nulls are.
+:func:`why_not_found` asks why the SAE has no latent for it. ``docs/analyses/splitting.md`` says what the nulls are.
 """
 
 from __future__ import annotations

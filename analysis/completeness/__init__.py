@@ -4,7 +4,7 @@
 features are found at all (:func:`best_f1`, :func:`feature_recovery_curve`), and how many are there
 (:func:`matched_features`, :func:`estimate_total_features`)?
 *Atomic*: are latents sums of others (:func:`meta_sae`, :func:`atomicity`)? Every number comes as a
-:class:`~sparsekern.analysis.results.Result`; ``docs/analyses.md`` has what each cannot tell.
+:class:`~sparsekern.analysis.results.Result`; ``docs/analyses/completeness.md`` has what each cannot tell.
 """
 
 from sparsekern.analysis.completeness.composition import COMPOSITIONS, Atomicity, MetaSAE, atomicity, meta_sae

@@ -267,7 +267,7 @@ makes no mistake at first, and training should leave it there.
   whether a context's tokens share experts at all.
 
 All numbers are in [results.json](results.json); the formulas, sources and limits of each measure are in
-`docs/analyses.md`. sparsekern {versions()["sparsekern"]}, torch {versions()["torch"]}, seed
+`docs/analyses/routing.md`. sparsekern {versions()["sparsekern"]}, torch {versions()["torch"]}, seed
 {self.options.seed}."""
 
 

@@ -224,7 +224,7 @@ def trained():
 
 @pytest.mark.slow
 def test_a_trained_sae_that_is_wider_has_what_the_other_lacks(trained):
-    """Two of the five seeds whose ranges ``docs/analyses.md`` has."""
+    """Two of the five seeds whose ranges ``docs/analyses/completeness.md`` has."""
     for small, large, toy, x in trained:
         found = stitch(small, large, x)
         cosines = normalize(large.W_dec.detach(), dim=1) @ toy.features.T
@@ -312,7 +312,7 @@ def sums_of_atoms(seed, n=600, atoms=24, d=64):
 
 @pytest.mark.slow
 def test_a_meta_sae_finds_the_atoms_without_a_decoder_bias_and_may_miss_them_all_with_one():
-    """Seeds 1 and 2 of the eight in ``docs/analyses.md``: with a bias six found no atom and two all of them."""
+    """Seeds 1 and 2 of the eight in the docs: with a bias six found no atom and two all of them."""
     explained, recovered = [], []
     for seed in (1, 2):
         rows, truth = sums_of_atoms(seed)
@@ -628,7 +628,7 @@ def test_at_equal_rates_all_estimates_but_the_jackknife_are_near_the_truth(n_see
 
 
 def test_rates_that_differ_are_noticed_and_make_all_estimates_too_small():
-    """300 features, found at a chance that rises steeply with a Zipf frequency; ranges in ``docs/analyses.md``."""
+    """300 features, found at a chance that rises steeply with a Zipf frequency; ranges in the docs."""
     frequency = 0.4 / torch.arange(1, 301)
     rates = torch.sigmoid(4 * (frequency.log10() + 2))
     for seed in range(5):
