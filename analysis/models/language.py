@@ -8,6 +8,7 @@ Everything else is transformers' Llama: RMSNorm before each block, rotary positi
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -197,6 +198,7 @@ def main() -> None:
     folder = arguments.output / arguments.name
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    _name_known_class(folder / "tokenizer_config.json")
     record = {
         "name": arguments.name,
         "kind": kinds[0],
@@ -218,6 +220,12 @@ def main() -> None:
     }
     write_json(folder / "training.json", record)
     write_atomically(folder / "README.md", card(record).encode())
+
+
+def _name_known_class(path: Path) -> None:
+    """Name the tokenizer's class as transformers before its release 5 knows it too."""
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(path, settings)
 
 
 def _threads() -> str:
