@@ -371,22 +371,22 @@ def test_random_units_with_biases_cross_as_their_angle_says():
     # w x + b with Gaussian w and b: the angle of (σ_w x, σ_b) at both ends, over π, a unit (Rice, integrated).
     # 20 segments, 4,096 units, five seeds: the sum is within 0.7% of that, single segments within 0.016 a unit.
     for seed in SEEDS:
-        net = mlp(8, 4096, seed=seed)
+        net = mlp(8, 512, seed=seed)
         nn.init.normal_(net[0].weight)
         nn.init.normal_(net[0].bias, std=1.5)
         a, b = 2 * torch.randn(2, 20, 8, dtype=torch.float64)
         counts = torch.stack([found.by_layer()[0] for found in boundaries_on_segments(net, a, b)])
         one, two = (torch.cat([x, torch.full((20, 1), 1.5)], 1).double() for x in (a, b))
         expected = nn.functional.cosine_similarity(one, two).acos() / math.pi
-        assert (counts / 4096 - expected).abs().max() < 0.03
-        assert counts.sum() / 4096 == pytest.approx(expected.sum().item(), rel=0.02)
+        assert (counts / 512 - expected).abs().max() < 0.03
+        assert counts.sum() / 512 == pytest.approx(expected.sum().item(), rel=0.02)
 
 
 def test_depth_does_not_change_how_often_units_cross():
     # Zero biases, variance kept: between directions at an angle θ a unit of any layer crosses θ / π times (wide limit;
     # the kernel of a ReLU keeps the curvature of a cosine at 1), while the ends of deeper layers differ less and less.
     # Width 256, six pairs at 90°, means of five seeds: 0.49 to 0.53 in every layer; ends 0.50, 0.40, 0.34, 0.30.
-    width, angles, crossings, ends = 256, [], [], []
+    width, angles, crossings, ends = 128, [], [], []
     angle = math.pi / 2
     for _ in range(4):
         angles.append(angle / math.pi)
@@ -395,11 +395,11 @@ def test_depth_does_not_change_how_often_units_cross():
         net = mlp(32, *[width] * 4, seed=seed, bias=False)
         for linear in net[::2]:
             nn.init.normal_(linear.weight, std=(2 / linear.in_features) ** 0.5)
-        planes = torch.linalg.qr(torch.randn(6, 32, 2, dtype=torch.float64))[0]
+        planes = torch.linalg.qr(torch.randn(8, 32, 2, dtype=torch.float64))[0]
         found = boundaries_on_segments(net, planes[..., 0], planes[..., 1])
         crossings.append(torch.stack([one.by_layer() for one in found]).double().mean(0) / width)
         flags = torch.stack([one.codes.unpack(torch.tensor([0, -1])) for one in found])
-        ends.append((flags[:, 0] ^ flags[:, 1]).view(6, 4, width).double().mean((0, 2)))
+        ends.append((flags[:, 0] ^ flags[:, 1]).view(8, 4, width).double().mean((0, 2)))
     torch.testing.assert_close(torch.stack(crossings).mean(0), torch.full((4,), 0.5).double(), atol=0.05, rtol=0)
     torch.testing.assert_close(torch.stack(ends).mean(0), torch.tensor(angles).double(), atol=0.03, rtol=0)
 
@@ -425,13 +425,13 @@ def test_a_trained_net_has_more_boundaries_between_classes_and_near_data():
     ratios, untrained = [], []
     for seed in SEEDS:
         net, x, labels = trained_on_digits(seed, 300)
-        found = boundary_density(net, x, labels, segments=200, n_null=2, seed=seed)
+        found = boundary_density(net, x, labels, segments=100, n_null=2, seed=seed)
         ratio = found.results["between_over_within"]
         ratios.append(ratio.value)
         assert ratio.p <= 0.01
         assert found.results["data"].p == pytest.approx(1 / 3)  # beyond both samples of both nulls
         net, _, _ = trained_on_digits(seed, 0)
-        start = boundary_density(net, x, labels, segments=200, n_null=0, seed=seed)
+        start = boundary_density(net, x, labels, segments=100, n_null=0, seed=seed)
         untrained.append(start.results["between_over_within"].value)
     assert min(ratios) > 1.15
     assert max(untrained) < 1.15
