@@ -26,18 +26,21 @@ def bounds(n: int, size: int) -> list[tuple[int, int]]:
 
 
 def shuffled(n: int, contexts: Tensor | None, generator: torch.Generator) -> Tensor:
-    """A random order of n samples ``[n]``; with `contexts` whole runs of equal contexts, turned around a random place.
+    """A random order of n samples ``[n]``; with `contexts` of whole runs of equal contexts.
 
     Neighbours inside a context stay neighbours, so that what is slow in the data stays slow and only its place is lost.
+    Of contexts of one length whole ones meet; others overlap. A single one is turned around a random place.
     """
     if contexts is None:
         return torch.randperm(n, generator=generator)
     _, lengths = contexts.unique_consecutive(return_counts=True)
+    if len(lengths) == 1:
+        return torch.arange(n).roll(int(torch.randint(n, (1,), generator=generator)))
     starts = lengths.cumsum(0) - lengths
     order = torch.randperm(len(lengths), generator=generator)
     lengths = lengths[order]
     within = torch.arange(n) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return (starts[order].repeat_interleave(lengths) + within).roll(int(torch.randint(n, (1,), generator=generator)))
+    return starts[order].repeat_interleave(lengths) + within
 
 
 def check_contexts(contexts: Tensor | None, n: int) -> Tensor | None:

@@ -208,9 +208,11 @@ class _Pull:
 
     def _direction(self, u: Tensor, h: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
         """``[rows, d]``"""
-        if not u.requires_grad:
+        found = None
+        if u.requires_grad:
+            (found,) = torch.autograd.grad((u @ weights).sum(), h, retain_graph=True, allow_unused=True)
+        if found is None:
             raise ValueError(f"layers must depend on the output of {self.at!r}: they come before it")
-        (found,) = torch.autograd.grad((u @ weights).sum(), h, retain_graph=True)
         return _rows(str(self.at), found, len(h), mask)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ except ImportError as error:
     raise ImportError("this analysis needs scipy and scikit-learn: pip install 'sparsekern[analysis]'") from error
 
 _TABLE = 2**23  # entries of a table of latents × units
-_CKA_ROWS, _CKA_BLOCKS = 1024, 32  # samples whose pairs are compared, and how many times so many
+_CKA_ROWS, _CKA_BLOCKS = 512, 32  # samples whose pairs are compared, and how many times so many
 _TERM = 1e-12  # of a tail, relative to its sum, that is not added any more
 
 Latents = sk.SparseCodes | sk.CSRCodes
@@ -187,7 +188,7 @@ def similarity(
     """CKA and CCA of codes and latents.
 
     ``cka``
-        Linear, debiased: the unbiased HSIC (Song et al. 2012) summed over at most 32 random blocks of 1,024 samples
+        Linear, debiased: the unbiased HSIC (Song et al. 2012) summed over at most 32 random blocks of 512 samples
         (Nguyen et al. 2021), so that the N × N kernels do not exist. About 0 where the two are independent.
     ``cca``
         Mean canonical correlation of the first principal components of both, fitted on one half of the samples, or of
@@ -477,16 +478,19 @@ class _Compared:
         half = n // 2
         return cls(blocks, kernels, (_components(codes, order, half, components), _reduced(z, half, components)))
 
+    @cached_property
+    def own(self) -> float:
+        """The geometric mean of both HSICs with themselves, which no order changes."""
+        first, second = (sum(_hsic(pair[side], pair[side]) for pair in self.kernels) for side in (0, 1))
+        return (first * second) ** 0.5 if first > 0 and second > 0 else float("nan")
+
     def cka(self, orders: list[Tensor] | None = None) -> float:
         """Of the blocks, with the latents of each in another order if one is given."""
-        between = own = other = 0.0
+        between = 0.0
         for index, (first, second) in enumerate(self.kernels):
-            if orders is not None:
-                second = second[orders[index]][:, orders[index]]
-            between += _hsic(first, second)
-            own += _hsic(first, first)
-            other += _hsic(second, second)
-        return between / (own * other) ** 0.5 if own > 0 and other > 0 else float("nan")
+            order = slice(None) if orders is None else orders[index]
+            between += _hsic(first, second[order][:, order])
+        return between / self.own
 
     def cca(self, orders: list[Tensor] | None = None) -> float:
         """Of the second half, by directions of the first one."""
@@ -504,13 +508,12 @@ def _floats(codes: PolytopeCodes | Tensor, rows: Tensor) -> Tensor:
 
 
 def _hollow(kernel: Tensor) -> Tensor:
-    return kernel.fill_diagonal_(0)
+    return kernel.double().fill_diagonal_(0)
 
 
 def _hsic(first: Tensor, second: Tensor) -> float:
     """The unbiased estimate, of kernels with a diagonal of 0; times a factor that only depends on their size."""
     n = len(first)
-    first, second = first.double(), second.double()
     a, b = first.sum(0), second.sum(0)
     both = (first * second).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a @ b)
     return float(both)
