@@ -96,7 +96,7 @@ def test_distances_of_codes_and_of_activations():
     assert one.results["knn, hamming of codes"].value == pytest.approx(float((voted == labels).float().mean()))
 
 
-@pytest.mark.parametrize("seed", SEEDS[:2])
+@pytest.mark.parametrize("seed", SEEDS[:1])
 def test_codes_tell_digits_apart_worse_than_activations_do(seed):
     images, labels = (torch.from_numpy(some) for some in load_digits(return_X_y=True))
     images = (images / 16 - images.mean(0) / 16).float()
@@ -116,7 +116,9 @@ def test_codes_tell_digits_apart_worse_than_activations_do(seed):
     table = compare_distances(codes, {"hidden": hidden}, labels[test], n_null=0).table()
     for of_codes in ("hamming of codes", "jaccard of codes"):
         for of_values in ("l2 of hidden", "cosine of hidden"):
-            assert table[of_codes]["silhouette"] < table[of_values]["silhouette"] - 0.1  # 0.17 or more in five seeds
+            assert (
+                table[of_codes]["silhouette"] < table[of_values]["silhouette"] - 0.1
+            )  # 400 steps, both layers: 0.169 at least in five seeds
             assert table[of_codes]["ami"] < table[of_values]["ami"]
 
 

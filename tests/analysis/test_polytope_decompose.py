@@ -36,7 +36,7 @@ def matched(components, modules):
     return cosines[linear_sum_assignment(-cosines)].mean()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_nmf_recovers_ored_modules_and_pca_and_ica_do_not(seed):
     codes, modules = planted(seed)
     found = {method: decompose_codes(codes, method, 8, n_null=1, seed=seed) for method in ("pca", "ica", "nmf")}
@@ -56,8 +56,8 @@ def test_nmf_recovers_ored_modules_and_pca_and_ica_do_not(seed):
 
 def test_an_sae_recovers_them_without_a_decoder_bias():
     """With 2,000 samples, 300 steps and three starts 0.94 to 0.98 in five seeds, with a bias 0.77 to 0.95."""
-    codes, modules = planted(1, 512)
-    options = {"rank": 8, "steps": 200, "starts": 1, "n_null": 0, "seed": 1}
+    codes, modules = planted(1, 400)
+    options = {"rank": 8, "steps": 120, "starts": 1, "n_null": 0, "seed": 1}
     without = decompose_codes(codes, "sae", **options)
     assert matched(without.components, modules) > 0.95
     assert not without.offset.any()
