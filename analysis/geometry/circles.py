@@ -345,7 +345,8 @@ def dictionary_clusters(
             raise ValueError(f"n_clusters must be at least 2, got {n_clusters}")
         likeness = 1 - (unit @ unit.T).clamp(-1, 1).arccos() / math.pi
         kept = max(1, min(n_clusters, len(unit) // 2))
-        fitted = SpectralClustering(kept, affinity="precomputed", assign_labels="cluster_qr", random_state=seed)
+        # Not assign_labels="cluster_qr": it ignores signs, which puts opposite rows in one cluster.
+        fitted = SpectralClustering(kept, affinity="precomputed", n_init=1, random_state=seed)
         labels = torch.from_numpy(fitted.fit_predict(likeness.cpu().double().numpy())).long()
     count = torch.bincount(labels)
     order = labels.argsort(stable=True)

@@ -432,7 +432,7 @@ class _Decomposed:
         assert self.vectors is not None
         mean, components = torch.zeros(width), torch.zeros(self.vectors.shape[1], width)
         mean[active] = torch.from_numpy(self.mean).float()
-        components[:, active] = torch.from_numpy(np.ascontiguousarray(self.vectors.T)).float()
+        components[:, active] = torch.from_numpy(self.vectors.T.copy()).float()
         return Basis(mean, components)
 
 
