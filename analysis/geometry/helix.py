@@ -21,6 +21,7 @@ from sparsekern.hooks import evaluating, first_tensor, named_module
 
 PERIODS = (2.0, 5.0, 10.0, 100.0)
 _TINY = 1e-9
+_NEAR = 5  # turns
 
 # Fits
 
@@ -229,8 +230,8 @@ def fourier_power(
     detrend : bool
         Take out the best line first. An open curve has power at all low frequencies, since its ends do not meet.
     n_null : int
-        Samples of each null: the order permuted; for the periods also as many other frequencies, which knows that power
-        falls off. They are drawn from all that belong to none of the periods.
+        Samples of each null: the order permuted; for the periods also, for each of them, a frequency within five turns
+        of its own that belongs to none, which knows that power falls off.
     seed : int
         Determines the nulls.
 
@@ -265,11 +266,14 @@ def fourier_power(
     }
     if periods:
         named = torch.tensor(sorted({round(turn) - 1 for turn in turns}))
-        rest = torch.tensor([turn for turn in range(len(power)) if turn not in named.tolist()])
         nulls = {permuted: samples(p[named].sum() for p in drawn)}
-        if len(rest) >= len(named):
-            picks = (rest[torch.randperm(len(rest), generator=generator)[: len(named)]] for _ in range(n_null))
-            nulls["other frequencies"] = samples(power[pick].sum() for pick in picks)
+        near = [_nearby(int(place), named, len(power)) for place in named]
+        if all(len(places) for places in near):
+            picks = (
+                [int(places[torch.randint(len(places), (1,), generator=generator)]) for places in near]
+                for _ in range(n_null)
+            )
+            nulls["frequencies nearby"] = samples(power[pick].sum() for pick in picks)
         results["periods"] = Result("share of the power at the periods", float(power[named].sum()), nulls)
     return FourierPower(results, power)
 
@@ -393,6 +397,12 @@ def _power(y: Tensor, detrend: bool) -> Tensor:
     if len(y) % 2 == 0:
         power[-1] /= 2  # all others stand for a frequency and its negative
     return power / power.sum()
+
+
+def _nearby(place: int, named: Tensor, count: int) -> Tensor:
+    """Places within :data:`_NEAR` of one that are not named."""
+    places = torch.arange(max(0, place - _NEAR), min(count, place + _NEAR + 1))
+    return places[~torch.isin(places, named)]
 
 
 def _standard(a: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from sparsekern.analysis.geometry import (
     separability,
 )
 
-SEEDS = range(5)
 N = 20000
 
 
@@ -50,11 +49,10 @@ def shapes(seed, n=N):
 # Points in a plane
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_only_circles_are_neither_separable_nor_a_mixture(seed):
-    """Five seeds, S and M: circle 3.01 to 3.03 and 0.22, seven points 1.45 to 1.47 and 0.22, twelve 1.05 to 1.07 and
-    0.17, Gaussian 0.01 and 0.09, exponentials 0.01 and 0.23, disjoint 0.41 and 0.59, sparse 0.00 and 0.95."""
-    found = {name: (separability(p), mixture_index(p, n_angles=24)) for name, p in shapes(seed).items()}
+def test_only_circles_are_neither_separable_nor_a_mixture():
+    """Five seeds, S and M: circle 3.02 and 0.22 to 0.23, seven points 1.45 to 1.46 and 0.22, twelve 1.06 to 1.07 and
+    0.17, Gaussian 0.01 and 0.09, exponentials 0.01 and 0.24, disjoint 0.38 to 0.42 and 0.59, sparse 0.00 and 0.95."""
+    found = {name: (separability(p), mixture_index(p, n_angles=24)) for name, p in shapes(0).items()}
     for name in ("circle", "7 points", "12 points"):
         assert found[name][0] > 1
         assert found[name][1] < 0.25
@@ -143,12 +141,12 @@ def test_without_the_correction_few_points_depend_on_each_other():
 
 
 def test_a_plane_stands_beside_its_nulls():
-    found = plane_scores(shapes(0, 1000)["12 points"], n_null=9)
-    assert found.results["score"].p == pytest.approx(0.1)
+    found = plane_scores(shapes(0, 1000)["12 points"], n_null=4)
+    assert found.results["score"].p == pytest.approx(0.2)
     assert found.score == found.results["score"].value
     assert set(found.results["score"].nulls) == {"coordinates permuted", "Gaussian"}
-    chance = plane_scores(torch.randn(1000, 2, generator=generator(1)), n_null=9)
-    assert chance.results["score"].p > 0.1
+    chance = plane_scores(torch.randn(1000, 2, generator=generator(1)), n_null=4)
+    assert chance.results["score"].p > 0.2
     assert len(found.to_frame()) == 6
 
 
@@ -214,7 +212,7 @@ def planted(seed, W=200, d=64, n=5000, families=2):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_planted_circles_are_found_first_and_families_are_not_taken_for_circles(seed):
-    """Five seeds of twice the size: the circles 0.95 to 1.02, the next 0.54 to 0.61, null maxima at most 0.82."""
+    """Five seeds: the circles 1.17 to 1.18 and 1.04 to 1.08, the next 0.73 to 0.83, maxima of the nulls at most 0.99."""
     D, codes, groups = planted(seed)
     found = cluster_search(D, codes, n_null=2, n_planes=2, max_points=1200)
     assert sorted(map(len, found.clusters[:2])) == [7, 12]

@@ -40,7 +40,7 @@ def test_the_columns_are_those_of_the_helix_and_vanishing_ones_are_left_out():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_planted_helix_predicts_numbers_that_were_left_out(seed):
-    """Five seeds: R² 0.95, fitted 0.97 to 0.98, the polynomial of degree 9 at most 0.29, other periods at most 0.77."""
+    """Five seeds: R² 0.95, fitted 0.96, the polynomial of degree 9 at most 0.33, other periods at most 0.56."""
     found = helix_fit(planted(seed), NUMBERS, n_null=19, seed=seed)
     helix = found.results["helix"]
     assert 0.93 < helix.value < found.fitted < 0.99
@@ -54,7 +54,7 @@ def test_a_planted_helix_predicts_numbers_that_were_left_out(seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_smooth_curve_is_no_helix(seed):
-    """Five seeds: the helix reaches 0.78 to 0.84 on a cubic curve, and the polynomial of as many columns 0.90 to 0.91."""
+    """Five seeds: the helix reaches 0.75 to 0.85 on a cubic curve, a polynomial of as many columns 0.005 to 0.018 more."""
     x = NUMBERS / 50 - 1
     curve = torch.stack([x, x**2, x**3], 1) @ torch.randn(3, 20, generator=generator(seed))
     points = curve + 0.3 * torch.randn(100, 20, generator=generator(seed + 9))
@@ -137,7 +137,7 @@ def test_the_power_at_periods_stands_beside_other_frequencies():
     found = fourier_power(planted(0, noise=0.3), (2, 5, 10), detrend=True)
     assert found.results["periods"].value > 0.5
     assert found.results["periods"].p < 0.02
-    assert set(found.results["periods"].nulls) == {"order permuted", "other frequencies"}
+    assert set(found.results["periods"].nulls) == {"order permuted", "frequencies nearby"}
     x = NUMBERS / 50 - 1
     smooth = fourier_power(torch.stack([x, x**2, x**3], 1), (2, 5, 10), detrend=True)
     assert smooth.results["periods"].p > 0.05

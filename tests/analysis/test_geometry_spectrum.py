@@ -167,10 +167,10 @@ def test_the_reconstruction_needs_no_more_than_its_own_dimensions():
     assert "FVU" in curve.plot().get_ylabel()
 
 
-def trained(activation, x, seed, steps=120):
+def trained(activation, x, seed, steps=100):
     g = generator(seed)
     sae = sk.SAE(64, 256, activation, generator=g)
-    trainer = sk.Trainer(sae, lr=2e-3, steps=steps)
+    trainer = sk.Trainer(sae, lr=1e-2, steps=steps)
     for _ in range(steps):
         trainer.step(x[torch.randint(len(x), (256,), generator=g)])
     return sae.eval()
@@ -185,9 +185,9 @@ def test_a_dense_sae_lives_in_fewer_dimensions_than_a_sparse_one():
         with torch.no_grad():
             spectrum = pca_spectrum(sae.encode(x[4000:]), q=64, n_null=2)
         found[name] = spectrum.results, fvu_curve(spectrum, sae, x[4000:], [64])
-    assert found["dense"][0]["q99"].value < 0.5 * found["topk"][0]["q99"].value
-    assert found["dense"][0]["q99"].value < 0.5 * float(found["dense"][0]["q99"].null.min())
-    assert found["topk"][0]["q99"].value > 0.9 * float(found["topk"][0]["q99"].null.min())
+    assert found["dense"][0]["q99"].value < 0.8 * found["topk"][0]["q99"].value
+    assert found["dense"][0]["q99"].value < 0.7 * float(found["dense"][0]["q99"].null.min())
+    assert found["topk"][0]["q99"].value > 0.95 * float(found["topk"][0]["q99"].null.min())
     dense, topk = found["dense"][1], found["topk"][1]
     assert float(dense.values[0]) - dense.full < 0.02
     assert float(topk.values[0]) - topk.full > 0.05
