@@ -54,7 +54,7 @@ def test_a_planted_helix_predicts_numbers_that_were_left_out(seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_smooth_curve_is_no_helix(seed):
-    """Five seeds: the helix reaches 0.75 to 0.85 on a cubic curve, a polynomial of as many columns 0.005 to 0.018 more."""
+    """Five seeds: on a cubic curve the helix has 0.75 to 0.85, a polynomial of as many columns 0.005 to 0.018 more."""
     x = NUMBERS / 50 - 1
     curve = torch.stack([x, x**2, x**3], 1) @ torch.randn(3, 20, generator=generator(seed))
     points = curve + 0.3 * torch.randn(100, 20, generator=generator(seed + 9))

@@ -177,7 +177,7 @@ def trained(activation, x, seed, steps=100):
 
 
 def test_a_dense_sae_lives_in_fewer_dimensions_than_a_sparse_one():
-    """Five seeds of 400 steps: 99% in 65 against 230 to 231 components; see the page."""
+    """Five seeds: 99% in 149 to 153 components, 0.63 of chance, against 216 to 218, 0.99 of it; 400 steps: see the page."""
     x = ZipfFeatures(512, 64, 8, generator=generator(0)).sample(6000, generator(100))[1]
     found = {}
     for name, activation in (("topk", sk.TopK(8)), ("dense", sk.ReLU(0.001))):
@@ -236,7 +236,7 @@ X = torch.randn(5, 4, generator=generator())
         (lambda: pca_spectrum(csr(torch.ones(4, 3))), "must vary"),
         (lambda: pca_spectrum(csr(torch.full((4, 3), torch.nan))), "codes must be finite"),
         (lambda: pca_spectrum(csr(torch.eye(4)), 0), "q must be at least 1, got 0"),
-        (lambda: pca_spectrum(csr(torch.eye(4)), method="svd"), "method must be one of auto, dense, lanczos, got 'svd'"),
+        (lambda: pca_spectrum(csr(torch.eye(4)), method="svd"), "method must be one of auto, dense, lanczos"),
         (lambda: pca_spectrum(csr(torch.eye(4)), n_null=0), "n_bases must be in 0 … n_null = 0, got 1"),
         (lambda: fvu_curve(FOUND, SAE, X, [5]), r"qs must be in 0 … 4, the components of the spectrum, got \[5\]"),
         (lambda: fvu_curve(FOUND, SAE, X[:, :3]), r"x must be \[n, 4\]"),
