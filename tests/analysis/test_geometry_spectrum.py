@@ -177,7 +177,7 @@ def trained(activation, x, seed, steps=100):
 
 
 def test_a_dense_sae_lives_in_fewer_dimensions_than_a_sparse_one():
-    """Five seeds: 99% in 149 to 153 components, 0.63 of chance, against 216 to 218, 0.99 of it; 400 steps: see the page."""
+    """Five seeds: 99% in 149 to 153 components, 0.63 of chance, against 216 to 218, 0.99 of it."""
     x = ZipfFeatures(512, 64, 8, generator=generator(0)).sample(6000, generator(100))[1]
     found = {}
     for name, activation in (("topk", sk.TopK(8)), ("dense", sk.ReLU(0.001))):
