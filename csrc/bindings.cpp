@@ -14,6 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/bits.h"
+#include "cpu/cooccurrence.h"
 #include "cpu/csr_encode.h"
 #include "cpu/isa.h"
 #include "cpu/largest.h"
@@ -68,6 +70,12 @@ const RowUpdates& row_updates() {
     return *row_updates_generic();
 }
 
+const BitKernels& bits() {
+    if (chosen_isa == "avx512") return machine_has("avx512popcnt") ? *bit_kernels_avx512popcnt() : *bit_kernels_avx512();
+    if (chosen_isa == "avx2") return *bit_kernels_avx2();
+    return *bit_kernels_generic();
+}
+
 template <class T>
 T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -117,6 +125,13 @@ std::vector<OuterProducts> outer_products(const std::vector<Part>& parts) {
         found.push_back({{at<std::int32_t>(start), at<std::int32_t>(order)}, at<const float>(values), k,
                          at<const float>(vectors), stride, at<const std::int32_t>(row)});
     return found;
+}
+
+// bits, rows, words: see BitRows.
+using Bits = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+BitRows bit_rows_at(const Bits& rows) {
+    return {at<const std::uint8_t>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
 }
 
 // Calls f with a value of the element type; `itemsize` is 4 for float32 and 8 for float64.
@@ -303,4 +318,34 @@ PYBIND11_MODULE(_native, m) {
                                threads);
         },
         py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "bit_distances",
+        [](const Bits& a, const Bits& b, bool jaccard, std::uintptr_t out, int threads) {
+            bits().distances(bit_rows_at(a), bit_rows_at(b), jaccard ? BitMetric::jaccard : BitMetric::hamming,
+                             at<void>(out), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "bit_neighbors",
+        [](const Bits& a, const Bits& b, std::int64_t k, bool jaccard, bool itself, std::uintptr_t distance,
+           std::uintptr_t index, int threads) {
+            bits().neighbors(bit_rows_at(a), bit_rows_at(b), k, jaccard ? BitMetric::jaccard : BitMetric::hamming,
+                             itself, at<void>(distance), at<std::int32_t>(index), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    py::class_<Cooccurrences>(m, "Cooccurrences", "Pairs of latents, collected until all are known.")
+        .def(py::init([](const Entries& entries, std::int64_t d_sae, std::int64_t at_least, int threads) {
+                 return std::make_unique<Cooccurrences>(codes_at(entries, d_sae), at_least, threads);
+             }),
+             py::call_guard<py::gil_scoped_release>())
+        .def("__len__", &Cooccurrences::size)
+        .def(
+            "copy",
+            [](const Cooccurrences& found, std::uintptr_t crow, std::uintptr_t col, std::uintptr_t counts, int threads) {
+                found.copy(at<std::int64_t>(crow), at<std::int32_t>(col), at<std::int32_t>(counts), threads);
+            },
+            py::call_guard<py::gil_scoped_release>());
 }

@@ -1,7 +1,7 @@
 """sparsekern: a custom-kernel engine for sparse autoencoders."""
 
 from sparsekern.backends import backends
-from sparsekern.codes import CSRCodes, SparseCodes
+from sparsekern.codes import Cooccurrence, CSRCodes, SparseCodes
 from sparsekern.modules import (
     SAE,
     AbsTopK,
@@ -21,7 +21,11 @@ from sparsekern.modules import (
     Transcoder,
 )
 from sparsekern.ops import (
+    BitNeighbors,
     batch_topk_encode,
+    bit_distances,
+    bit_neighbors,
+    cooccurrence,
     route,
     routed_topk_encode,
     sparse_decode,
@@ -38,7 +42,9 @@ __all__ = [
     "SAE",
     "AbsTopK",
     "BatchTopK",
+    "BitNeighbors",
     "CSRCodes",
+    "Cooccurrence",
     "CrossLayerTranscoder",
     "Crosscoder",
     "Gated",
@@ -58,6 +64,9 @@ __all__ = [
     "__version__",
     "backends",
     "batch_topk_encode",
+    "bit_distances",
+    "bit_neighbors",
+    "cooccurrence",
     "evaluate",
     "route",
     "routed_topk_encode",

@@ -154,6 +154,39 @@ class CSRCodes(NamedTuple):
         return CSRCodes(crow, col[order], torch.cat([self.values[others], added.flatten()])[order], self.d_sae)
 
 
+class Cooccurrence(NamedTuple):
+    """On how many tokens two latents are both active, for the pairs i < j where these are enough.
+
+    The pairs of latent i are ``crow[i]:crow[i + 1]``, by rising j: the upper triangle of a symmetric matrix in
+    compressed sparse row form, whose diagonal is `active`.
+
+    Attributes
+    ----------
+    crow : Tensor [d_sae + 1], int64
+        Where the pairs of each latent begin; ``crow[0] = 0``.
+    col : Tensor [pairs], int32
+        The other latent, j.
+    counts : Tensor [pairs], int32
+        Tokens on which both are active.
+    active : Tensor [d_sae], int64
+        Tokens on which each latent is active.
+    """
+
+    crow: Tensor
+    col: Tensor
+    counts: Tensor
+    active: Tensor
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents in the dictionary."""
+        return self.active.shape[0]
+
+    def rows(self) -> Tensor:
+        """The first latent of each pair, i: ``[pairs]`` int64."""
+        return entry_rows(self.crow, self.col)
+
+
 def entry_rows(crow: Tensor, col: Tensor) -> Tensor:
     """The row of each entry of a CSR form, ``[nnz]`` int64, rising."""
     rows = torch.arange(crow.shape[0] - 1, device=crow.device)

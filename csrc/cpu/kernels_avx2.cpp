@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "bits.h"
 #include "csr_encode.h"
+#include "isa.h"
 #include "parallel.h"
 #include "row_adam.h"
 #include "screening.h"
@@ -35,6 +37,7 @@
 #include "topk_encode.inl"
 #include "csr_encode.inl"
 #include "row_adam.inl"
+#include "bits.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -51,6 +54,7 @@ template const SparseProducts<double>* sparse_products_avx2<double>();
 const TopkEncode* topk_encode_avx2() { return nullptr; }
 const CsrEncode* csr_encode_avx2() { return nullptr; }
 const RowUpdates* row_updates_avx2() { return nullptr; }
+const BitKernels* bit_kernels_avx2() { return nullptr; }
 }  // namespace sparsekern
 
 #endif

@@ -9,7 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "bits.h"
 #include "csr_encode.h"
+#include "isa.h"
 #include "parallel.h"
 #include "row_adam.h"
 #include "screening.h"
@@ -24,3 +26,4 @@
 #include "topk_encode.inl"
 #include "csr_encode.inl"
 #include "row_adam.inl"
+#include "bits.inl"

@@ -141,9 +141,6 @@ const SparseProducts<T>* table() {
 
 }  // namespace
 
-#define SPARSEKERN_JOIN_(a, b) a##b
-#define SPARSEKERN_JOIN(a, b) SPARSEKERN_JOIN_(a, b)
-
 template <class T>
 const SparseProducts<T>* SPARSEKERN_JOIN(sparse_products_, SPARSEKERN_ISA)() {
     return table<T>();

@@ -29,6 +29,12 @@ float32 or float64, of any sign
     -> order ``[B · n_active]`` int32, offsets ``[E + 1]`` int32
 ``routed_topk_encode(x, weight, bias, experts, order, offsets, k, per_expert, screen)``
     -> values ``[B, k]``, indices ``[B, k]`` int32; with `per_expert` both ``[B, n_active · k]``
+``bit_distances(a, b, metric)``, with rows of bits and a metric "hamming" or "jaccard"
+    -> ``[N, M]`` int32, or float32 for Jaccard
+``bit_neighbors(a, b, k, metric, itself)``
+    -> distances ``[N, k]`` as above, indices ``[N, k]`` int32; without `itself` row i is not its own neighbour
+``cooccurrence(crow, col, d_sae, at_least)``, of rows that rise
+    -> crow ``[d_sae + 1]`` int64, col ``[pairs]`` int32, counts ``[pairs]`` int32
 
 and ``unavailable(op, device, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
@@ -68,6 +74,9 @@ OPS = (
     "route",
     "group_slots",
     "routed_topk_encode",
+    "bit_distances",
+    "bit_neighbors",
+    "cooccurrence",
 )
 
 _warned: set[str] = set()

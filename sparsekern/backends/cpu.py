@@ -30,6 +30,7 @@ except ImportError as error:  # no compiler at install time, or a binary that th
     _native, _not_built = None, f"not built ({error})"
 
 _DTYPES = (torch.float32, torch.float64)
+_WHOLE_NUMBERS = ("group_slots", "bit_distances", "bit_neighbors", "cooccurrence")  # no dtype to choose by
 
 
 def _loaded_openmp() -> str | None:
@@ -61,7 +62,7 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
             return f"has no {screen} screening; use screen='auto', 'int8' or 'none'"
         if dtype != torch.float32:
             return f"serves float32, not {dtype}"
-    elif dtype not in _DTYPES and op != "group_slots":
+    elif dtype not in _DTYPES and op not in _WHOLE_NUMBERS:
         return f"serves float32 and float64, not {dtype}"
     return None
 
@@ -458,6 +459,49 @@ def weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
     values = coefficients[rows]
     values[found.numel() :] = 0
     return sparse_decode(values.view(parts, -1), rows.int().view(parts, -1), weight, None).sum(0)
+
+
+# Bits and pairs
+
+
+def bit_distances(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """See :func:`sparsekern.backends.reference.bit_distances`."""
+    dtype = torch.int32 if metric == "hamming" else torch.float32
+    out = torch.empty(a.shape[0], b.shape[0], dtype=dtype)
+    a, b = _whole_words(a), _whole_words(b)
+    _native.bit_distances(_bits(a), _bits(b), metric == "jaccard", out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def bit_neighbors(a: Tensor, b: Tensor, k: int, metric: str, itself: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.bit_neighbors`."""
+    distances = torch.empty(a.shape[0], k, dtype=torch.int32 if metric == "hamming" else torch.float32)
+    indices = torch.empty(a.shape[0], k, dtype=torch.int32)
+    a, b = _whole_words(a), _whole_words(b)
+    _native.bit_neighbors(
+        *(_bits(a), _bits(b), k, metric == "jaccard", itself),
+        *(distances.data_ptr(), indices.data_ptr(), torch.get_num_threads()),
+    )
+    return distances, indices
+
+
+def _whole_words(rows: Tensor) -> Tensor:
+    """Rows one after the other, of a multiple of four bytes."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).contiguous()
+
+
+def _bits(rows: Tensor) -> tuple[int, int, int]:
+    """Rows of bits as the kernels take them."""
+    return rows.data_ptr(), rows.shape[0], rows.shape[1] // 4
+
+
+def cooccurrence(crow: Tensor, col: Tensor, d_sae: int, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsekern.backends.reference.cooccurrence`."""
+    crow, col, threads = crow.contiguous(), col.contiguous(), torch.get_num_threads()
+    found = _native.Cooccurrences(_entries(col, crow), d_sae, at_least, threads)
+    out = crow.new_empty(d_sae + 1), col.new_empty(len(found)), col.new_empty(len(found))
+    found.copy(*(tensor.data_ptr() for tensor in out), threads)
+    return out
 
 
 # Adam over gradients kept as factors

@@ -7,12 +7,13 @@ an entry, and a few blocks of :data:`PRODUCT_BYTES`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from sparsekern.bits import unpack_bits
 from sparsekern.codes import entry_rows
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -355,3 +356,112 @@ def _entry_blocks(like: Tensor, col: Tensor) -> Iterator[slice]:
 def weighted_row_sum(coefficients: Tensor, weight: Tensor) -> Tensor:
     """``coefficients @ weight``, ``[d]``."""
     return coefficients @ weight
+
+
+# Bits and pairs: whole numbers alone
+
+BIT_ROWS, BIT_BYTES = 1024, 1024
+"""Of a block of bits as float32: 32 MiB."""
+
+
+def bit_distances(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Bits that differ between every two rows, int32, or for "jaccard" their share of the bits set in either, float32.
+
+    Returns
+    -------
+    [N, M]
+    """
+    out = a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32 if metric == "hamming" else torch.float32)
+    for top in range(0, a.shape[0], BIT_ROWS):
+        for left in range(0, b.shape[0], BIT_ROWS):
+            rows, columns = slice(top, top + BIT_ROWS), slice(left, left + BIT_ROWS)
+            out[rows, columns] = _bit_block(a[rows], b[columns], metric)
+    return out
+
+
+def _bit_block(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    both = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    ones = torch.zeros_like(both)  # of both rows together
+    for first in range(0, a.shape[1], BIT_BYTES):
+        mine, theirs = (_unpacked(rows[:, first : first + BIT_BYTES]) for rows in (a, b))
+        both += (mine @ theirs.T).int()  # whole numbers below 2^24
+        ones += mine.sum(1).int()[:, None] + theirs.sum(1).int()
+    differ = ones - 2 * both
+    if metric == "hamming":
+        return differ
+    return torch.where(ones > 0, differ.float() / (ones - both).float(), 0.0)
+
+
+def _unpacked(rows: Tensor) -> Tensor:
+    return unpack_bits(rows.contiguous(), 8 * rows.shape[1]).float()
+
+
+def bit_neighbors(a: Tensor, b: Tensor, k: int, metric: str, itself: bool) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of b of each row of a; without `itself` row i of b is none of row i's.
+
+    Returns
+    -------
+    distances [N, k], indices [N, k] int32; rising distances, ties by rising index.
+    """
+    return nearest(a, b, k, metric, itself, bit_distances, BIT_ROWS, BIT_ROWS)
+
+
+def nearest(
+    a: Tensor, b: Tensor, k: int, metric: str, itself: bool, distances: Callable[..., Tensor], height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`bit_neighbors` by ``distances(a, b, metric)`` of panels of so many rows of a and of b."""
+    keys = torch.empty(a.shape[0], k, dtype=torch.int64, device=a.device)
+    for top in range(0, a.shape[0], height):
+        rows = a[top : top + height]
+        panels = ((left, distances(rows, b[left : left + width], metric)) for left in range(0, b.shape[0], width))
+        keys[top : top + height] = _nearest_keys(panels, k, None if itself else top)
+    found = (keys >> 32).int()
+    return found if metric == "hamming" else found.view(torch.float32), (keys & 0x7FFFFFFF).int()
+
+
+def _nearest_keys(panels: Iterable[tuple[int, Tensor]], k: int, top: int | None) -> Tensor:
+    """Keys of the k nearest: a distance above, which has the order of its bits as it is not negative, an index below.
+
+    Parameters
+    ----------
+    panels : iterable of (int, Tensor [rows, columns])
+        The first index, and distances, int32 or float32.
+    top : int or None
+        The index of the first row, where no row is its own neighbour.
+    """
+    best = None
+    for left, distances in panels:
+        index = torch.arange(left, left + distances.shape[1], device=distances.device)
+        keys = (distances.contiguous().view(torch.int32).long() << 32) | index
+        if top is not None:
+            own = torch.arange(top, top + keys.shape[0], device=keys.device)
+            keys = keys.masked_fill(index == own[:, None], torch.iinfo(torch.int64).max)
+        best = keys if best is None else torch.cat([best, keys], 1)
+        best = best.topk(min(k, best.shape[1]), dim=1, largest=False).values
+    assert best is not None  # there is a column
+    return best
+
+
+def cooccurrence(crow: Tensor, col: Tensor, d_sae: int, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How many rows hold both latents of a pair i < j, where these are `at_least` so many. Latents rise in a row.
+
+    Returns
+    -------
+    crow [d_sae + 1] int64, col [pairs] int32, counts [pairs] int32.
+    """
+    entries = torch.arange(col.shape[0], device=col.device)
+    later = crow[1:][entry_rows(crow, col)] - entries - 1  # the pairs that an entry begins
+    pairs = torch.cat([later.new_zeros(1), later.cumsum(0)])
+    keys, counts = (torch.empty(0, dtype=torch.int64, device=col.device) for _ in range(2))
+    most, first = WORKSPACE_BYTES // 8, 0
+    while first < col.shape[0]:
+        last = max(first + 1, int(torch.searchsorted(pairs, pairs[first] + most, right=True)) - 1)
+        one = entries[first:last].repeat_interleave(later[first:last])
+        other = one + 1 + torch.arange(one.shape[0], device=col.device) - (pairs[one] - pairs[first])
+        met = col[one].long() * d_sae + col[other]
+        keys, place = torch.cat([keys, met]).unique(return_inverse=True)
+        weights = torch.cat([counts, torch.ones_like(met)])
+        counts = torch.zeros_like(keys).index_add_(0, place, weights)
+        first = last
+    kept = counts >= at_least
+    return *_rows_and_latents(keys[kept], d_sae, d_sae), counts[kept].int()
