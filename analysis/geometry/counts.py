@@ -16,19 +16,17 @@ try:
 except ImportError as error:
     raise ImportError("this analysis needs scipy: pip install 'sparsekern[analysis]'") from error
 
-_BLOCK = 2048  # latents whose partners are counted at a time
 _DENSE = 0.25  # of the tokens; above it they are drawn one latent at a time
 _NEAR = 16  # latents of neighbouring densities that take each other's place
 
 
 @dataclass(frozen=True)
 class Active:
-    """Where latents are active: one entry for each of their tokens, in no order.
+    """Where latents are active: an entry for each, by rising token and latent.
 
     Attributes
     ----------
     token, latent : Tensor [nnz] int64
-        No pair twice.
     tokens, latents : int
         How many there are.
     """
@@ -53,8 +51,7 @@ class Active:
         if csr.tokens == 0:
             raise ValueError("codes must have a token, got none")
         on = csr.values.detach() != 0
-        token, latent = csr.rows()[on].cpu(), csr.col[on].cpu().long()
-        tokens = csr.tokens
+        token, tokens = csr.rows()[on].cpu(), csr.tokens
         if chunks is not None:
             if chunks.shape != (tokens,) or chunks.is_floating_point() or chunks.dtype == torch.bool:
                 raise ValueError(
@@ -62,10 +59,13 @@ class Active:
                     f"got {chunks.dtype} of shape {tuple(chunks.shape)}"
                 )
             names, chunk = chunks.cpu().unique(return_inverse=True)
-            tokens = len(names)
-            key = (chunk[token] * csr.d_sae + latent).unique()
-            token, latent = key // csr.d_sae, key % csr.d_sae
-        return Active(token, latent, tokens, csr.d_sae)
+            token, tokens = chunk[token], len(names)
+        return Active._at(token, csr.col[on].cpu().long(), tokens, csr.d_sae)
+
+    @staticmethod
+    def _at(token: Tensor, latent: Tensor, tokens: int, latents: int) -> Active:
+        key = (token * latents + latent).unique()
+        return Active(key // latents, key % latents, tokens, latents)
 
     def counts(self) -> Tensor:
         """Tokens of each latent, ``[latents]`` int64."""
@@ -80,21 +80,14 @@ class Active:
         where = (self.token[kept].numpy(), column[kept].numpy())
         return csr_array((np.ones(len(where[0])), where), shape=(self.tokens, len(latents)))
 
-    def pairs(self, latents: Tensor, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of the named latents with at least so many tokens in common: ``(i, j, n_ij)``, i before j in `latents`.
-
-        A block of latents against all at a time, so that pairs below the bound are never all in memory.
-        """
-        X = self.matrix(latents).tocsc()
-        found = []
-        for start in range(0, len(latents), _BLOCK):
-            block = (X[:, start : start + _BLOCK].T @ X[:, start:]).tocoo()
-            kept = (block.col > block.row) & (block.data >= at_least)
-            found.append(
-                np.stack([start + block.row[kept], start + block.col[kept], block.data[kept]]).astype(np.int64)
-            )
-        i, j, both = torch.from_numpy(np.concatenate(found, 1) if found else np.zeros((3, 0), np.int64))
-        return latents[i], latents[j], both
+    def pairs(self, at_least: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs i < j of latents with at least so many tokens in common, and how many these are: int64."""
+        crow = torch.cat(
+            [torch.zeros(1, dtype=torch.int64), torch.bincount(self.token, minlength=self.tokens).cumsum(0)]
+        )
+        codes = sk.CSRCodes(crow, self.latent.int(), torch.ones(len(self.latent)), self.latents)
+        found = sk.cooccurrence(codes, at_least)
+        return found.rows(), found.col.long(), found.counts.long()
 
     def shuffled(self, generator: torch.Generator) -> Active:
         """As many tokens of each latent, drawn at random."""
@@ -112,7 +105,7 @@ class Active:
             drawn = torch.cat([drawn, latent * self.tokens + token]).unique()
             missing = counts.masked_fill(dense, 0) - torch.bincount(drawn // self.tokens, minlength=self.latents)
         key = torch.cat([drawn, *parts])
-        return Active(key % self.tokens, key // self.tokens, self.tokens, self.latents)
+        return Active._at(key % self.tokens, key // self.tokens, self.tokens, self.latents)
 
     def exchanged(self, generator: torch.Generator) -> Active:
         """Each token's latents replaced by others of nearly the same density: it keeps how many of which density.
@@ -128,4 +121,4 @@ class Active:
         _, which = (self.token * len(size) + group).unique(return_inverse=True)
         turn = torch.randint(2**31, (len(which),), generator=generator)[which]
         latent = order[group * _NEAR + (member + turn) % size[group]]
-        return Active(self.token, latent, self.tokens, self.latents)
+        return Active._at(self.token, latent, self.tokens, self.latents)

@@ -291,10 +291,10 @@ def _implications(active: Active, rule: _Rule) -> _Found:
     latents = (counts >= rule.tokens).nonzero().squeeze(1)
     merged = torch.full((active.latents,), -1)
     merged[latents] = latents
-    i, j, both = active.pairs(latents, math.ceil(rule.least * rule.tokens))
+    i, j, both = active.pairs(math.ceil(rule.least * rule.tokens))
     swap = counts[i] < counts[j]
     parent, child = torch.where(swap, j, i), torch.where(swap, i, j)
-    enough = both >= rule.least * counts[child]
+    enough = (counts[child] >= rule.tokens) & (both >= rule.least * counts[child])
     parent, child, both = parent[enough], child[enough], both[enough]
 
     one, two = counts[parent], counts[child]
@@ -403,11 +403,12 @@ class _Edges:
         return torch.tensor([self._edge(a, b) for a, b in pairs], dtype=torch.float64).reshape(-1, 3).T
 
     def _edge(self, a: int, b: int) -> tuple[float, float, float]:
-        (token, one), (other, two) = self._of(a), self._of(b)
-        shared = torch.isin(token, other)
-        one, two, token = one[shared], two[torch.isin(other, token)], token[shared]
-        if not len(token):
+        (of_a, one), (of_b, two) = self._of(a), self._of(b)
+        place = torch.searchsorted(of_a, of_b).clamp(max=max(0, len(of_a) - 1))
+        shared = of_a[place] == of_b if len(of_a) else torch.zeros(len(of_b), dtype=torch.bool)
+        if not shared.any():
             return math.nan, math.nan, math.nan
+        token, one, two = of_b[shared], one[place[shared]], two[shared]
         # ‖e + z d‖² − ‖e‖² = 2 z e·d + z² ‖d‖², summed over the tokens.
         error, D = self._error[token], self._rows[[a, b]].double()
         z = torch.stack([one, two]).double()

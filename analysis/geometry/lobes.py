@@ -465,11 +465,12 @@ def subspace_clusters(
     cluster, coefficients = _self_expressed(unit, n_clusters, sparsity, seed)
     ranks = union_of_subspaces(unit, cluster, energy=energy, n_null=n_null, seed=seed)
     root = _root(unit)
+    whole = _rank(unit, energy)  # random rows of a sample's second moment have a lower one, and a larger ratio by that
     drawn: list[tuple[float, float]] = []
     for _ in range(n_null):
         random = normalize(torch.randn(unit.shape, generator=generator, dtype=unit.dtype) @ root, dim=1)
         labels, made_of = _self_expressed(random, n_clusters, sparsity, seed)
-        drawn.append((_ranks(random, labels, energy), _own(made_of, labels)))
+        drawn.append((_ranks(random, labels, energy, whole), _own(made_of, labels)))
     results = {
         "ranks": Result(
             ranks.name, ranks.value, {**ranks.nulls, "random rows": samples(pair[0] for pair in drawn)}, tail="less"
@@ -525,8 +526,10 @@ def _own(coefficients: Any, cluster: Tensor) -> float:
     return float(size[labels[made.row] == labels[made.col]].sum() / size.sum())
 
 
-def _ranks(rows: Tensor, clusters: Tensor, energy: float) -> float:
-    return sum(_rank(rows[clusters == label], energy) for label in clusters.unique()) / _rank(rows, energy)
+def _ranks(rows: Tensor, clusters: Tensor, energy: float, whole: int | None = None) -> float:
+    """Sum of the clusters' ranks over `whole`, by default the rank of all rows."""
+    each = sum(_rank(rows[clusters == label], energy) for label in clusters.unique())
+    return each / (whole or _rank(rows, energy))
 
 
 def _rank(rows: Tensor, energy: float) -> int:
