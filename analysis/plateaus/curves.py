@@ -262,7 +262,7 @@ def plateaus(
     bases : sequence of str
         Of :data:`BASES`; the first is the one at which directions are compared.
     alphas : sequence of float or None
-        Sizes above 0, rising, in units of `length`; by default 20 up to 2.
+        Sizes above 0, rising, in units of `length`; by default 16 squares up to 2, as much happens early.
     n : int
         Tokens, of as many contexts as there are.
     seed : int
@@ -292,7 +292,7 @@ def plateaus(
         directions = [name for name in DIRECTIONS if sae is not None or name not in OF_SAE]
     _check_kinds("directions", directions, DIRECTIONS, sae)
     _check_kinds("bases", bases, BASES, sae)
-    grid = torch.linspace(0.1, 2, 20) if alphas is None else torch.as_tensor(alphas)
+    grid = 2 * torch.linspace(1 / 16, 1, 16).square() if alphas is None else torch.as_tensor(alphas)
     grid = torch.cat([torch.zeros(1).double(), grid.double().flatten()])
     if len(grid) < 2 or not bool((grid.diff() > 0).all()) or not bool(grid.isfinite().all()):
         raise ValueError(f"alphas must rise, from above 0 on, got {grid[1:].tolist()}")
