@@ -15,8 +15,6 @@ from sparsekern.analysis.plateaus.rerun import Batch, Rerun
 from sparsekern.analysis.results import Result, Results, new_panels, null_generator
 from sparsekern.hooks import evaluating
 
-METRICS = ("width", "onset", "slope", "steepness", "sensitivity", "area")
-
 Pair = tuple[str | None, str | None]
 """A kind of base and a direction; None for the first kind, and for the mean over all directions."""
 
@@ -156,7 +154,7 @@ class Plateaus(Results):
     values : Tensor [K, D, n, A] float64
         Responses; NaN where a token has no such direction.
     metrics : dict of str to Tensor [K, D, n] float64
-        As in :func:`response_metrics`: the :data:`METRICS`.
+        As in :func:`response_metrics`.
     sites : Tensor [n, 3] int64
         Batch, row and position of each token.
     seed : int
@@ -177,10 +175,14 @@ class Plateaus(Results):
 
     def metric(self, name: str, base: str | None = None, direction: str | None = None) -> Tensor:
         """A metric at each token ``[n]``, of the first kind of base by default, mean over directions by default."""
-        return _metric(self, name, (base, direction))
+        numbers = _metric(self, name, (base, direction))
+        return numbers.nanmean(0) if direction is None else numbers
 
     def difference(self, metric: str, one: Pair, other: Pair) -> Difference:
-        """How a metric differs between two pairs of base and direction at the same tokens, as in :meth:`metric`."""
+        """How a metric differs between two pairs of base and direction at the same tokens.
+
+        None stands for the first kind of base, and for the mean over the directions that both have.
+        """
         return _difference(self, metric, one, other, self.seed)
 
     @property
@@ -335,17 +337,19 @@ def plateaus(
 
 
 def _metric(of: _Measured | Plateaus, name: str, pair: Pair) -> Tensor:
-    """A metric at each token ``[n]``, of the first kind of base and the mean over directions where a name is None."""
+    """A metric at each token, of the first kind of base where its name is None; of all directions ``[D, n]``, or one."""
     if name not in of.metrics:
         raise ValueError(f"metric must be one of {', '.join(of.metrics)}, got {name!r}")
     base, direction = pair
     of_base = of.metrics[name][0 if base is None else _place("base", base, of.bases)]
-    return of_base.nanmean(0) if direction is None else of_base[_place("direction", direction, of.directions)]
+    return of_base if direction is None else of_base[_place("direction", direction, of.directions)]
 
 
 def _difference(of: _Measured | Plateaus, metric: str, one: Pair, other: Pair, seed: int) -> Difference:
     names = [" ".join(part or kind for part, kind in zip(pair, _ANY, strict=True)) for pair in (one, other)]
     apart = _metric(of, metric, one) - _metric(of, metric, other)
+    if apart.dim() == 2:  # over the directions that both have
+        apart = apart.nanmean(0)
     apart = apart[apart.isfinite()]
     generator = null_generator(seed)
     signs = torch.randint(2, (_DRAWS, len(apart)), generator=generator) * 2 - 1
