@@ -337,7 +337,7 @@ def plateaus(
 
 
 def _metric(of: _Measured | Plateaus, name: str, pair: Pair) -> Tensor:
-    """A metric at each token, of the first kind of base where its name is None; of all directions ``[D, n]``, or one."""
+    """A metric at the first kind of base where none is named, of one direction ``[n]`` or of all ``[D, n]``."""
     if name not in of.metrics:
         raise ValueError(f"metric must be one of {', '.join(of.metrics)}, got {name!r}")
     base, direction = pair

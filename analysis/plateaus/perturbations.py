@@ -37,7 +37,7 @@ OF_SAE = ("bag", "structured", "active_latent", "inactive_latent", "sae_error")
 
 _TOKENS = 4096  # encoded at a time
 _TRIES = 8  # for another activation than a given one
-_ROUNDING = 1e-6  # of the length
+_ROUNDING = 1e-6  # of the length or the base's norm
 
 
 class Perturbations:
@@ -73,7 +73,7 @@ class Perturbations:
         self.mean = x.mean(0)
         centred = (x - self.mean).double()
         self.length = float(centred.square().sum(1).mean().sqrt())
-        if not self.length > 1e-6 * float(x.norm(dim=1).max()):
+        if not self.length > _ROUNDING * float(x.norm(dim=1).max()):
             raise ValueError("the activations must not be all equal")
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
         self.root = ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).float()
@@ -94,6 +94,8 @@ class Perturbations:
     @torch.no_grad()
     def base(self, kind: str, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """What is moved at the chosen tokens ``[n]``, ``[n, d]``; `kind` is one of :data:`BASES`."""
+        if kind not in BASES:
+            raise ValueError(f"kind of base must be one of {', '.join(BASES)}, got {kind!r}")
         if kind == "real":
             return self.x[chosen]
         if kind == "random":
@@ -105,6 +107,8 @@ class Perturbations:
     @torch.no_grad()
     def direction(self, kind: str, base: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Unit rows ``[n, d]``, `kind` one of :data:`DIRECTIONS`; NaN where there is no such direction."""
+        if kind not in DIRECTIONS:
+            raise ValueError(f"kind of direction must be one of {', '.join(DIRECTIONS)}, got {kind!r}")
         n = len(base)
         if kind == "isotropic":
             rows = torch.randn(base.shape, generator=generator)
@@ -123,7 +127,8 @@ class Perturbations:
             return self._decoder_rows(base, kind == "active_latent", generator)
         norms = rows.norm(dim=1, keepdim=True)
         # A difference of equal rows is rounding, and has no direction.
-        return torch.where(norms > _ROUNDING * self.length, rows / norms, torch.nan)
+        least = _ROUNDING * base.norm(dim=1, keepdim=True).clamp(min=self.length)
+        return torch.where(norms > least, rows / norms, torch.nan)
 
     @torch.no_grad()
     def error(self, base: Tensor) -> Tensor:

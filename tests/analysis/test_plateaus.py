@@ -470,6 +470,42 @@ def test_directions_are_what_they_are_called():
     torch.testing.assert_close(many.T.cov(), x.T.cov(), atol=0.01, rtol=0)
 
 
+def test_kinds_are_known_and_have_what_they_need():
+    made = Perturbations(torch.randn(20, 4, generator=generator()))
+    chosen = torch.arange(3)
+    for make, message in [
+        (lambda: made.base("made up", chosen, generator()), "kind of base must be one of real"),
+        (lambda: made.direction("sideways", made.x[:3], chosen, generator()), "kind of direction must be one of iso"),
+        (lambda: made.base("structured", chosen, generator()), "'structured' needs an sae"),
+        (lambda: made.direction("sae_error", made.x[:3], chosen, generator()), "needs an sae"),
+        (lambda: made.direction("active_latent", made.x[:3], chosen, generator()), "'active_latent' needs an sae"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    # The only two activations that there are: a difference with the other, or none.
+    two = Perturbations(torch.eye(4)[[0, 1]])
+    rows = two.direction("real_difference", two.x, torch.arange(2), generator())
+    torch.testing.assert_close(rows, torch.tensor([[-1.0, 1, 0, 0], [1, -1, 0, 0]]) / 2**0.5)
+
+
+def test_an_sae_with_one_latent_has_no_inactive_ones():
+    model = Planted(0)
+    sae = sk.SAE(D, 1, sk.TopK(1)).eval()
+    with torch.no_grad():
+        sae.W_enc.copy_(model.features[:1])
+        sae.W_dec.copy_(model.features[:1])
+        sae.b_enc.fill_(-0.5)
+    x = model.embed(token_ids(0)).flatten(0, 1)
+    made, on = Perturbations(x, sae), x @ model.features[0] > 0.5
+    chosen = torch.arange(len(x))
+    active, inactive = (made.direction(f"{name}active_latent", x, chosen, generator()) for name in ("", "in"))
+    assert torch.equal(active.isfinite().all(1), on)
+    assert torch.equal(inactive.isfinite().all(1), ~on)
+    bags = made.base("bag", chosen, generator())
+    assert bags[~on].norm(dim=1).max() < 1e-5  # no latent is active: b_dec, which is 0
+    torch.testing.assert_close(bags[on], x[on].norm(dim=1)[:, None] * model.features[0].expand(int(on.sum()), D))
+
+
 def test_structured_bags_keep_the_cosines_with_the_strongest_latent():
     torch.manual_seed(0)
     sae = sk.SAE(16, 400, sk.TopK(4)).eval()
