@@ -10,11 +10,51 @@ subspaces, whether the decoder knows of them, and what it would be worth to keep
 """
 
 from sparsekern.analysis.geometry.circles import (
+    CircleSearch,
+    Plane,
+    closure,
+    cluster_search,
+    dictionary_clusters,
+    mixture_index,
+    plane_scores,
+    separability,
+)
 from sparsekern.analysis.geometry.helix import (
+    FourierPower,
+    HelixFit,
+    fourier_power,
+    helix_columns,
+    helix_fit,
+    word_points,
+)
 from sparsekern.analysis.geometry.hierarchy import (
+    ABOVE,
+    WORDS,
+    HierarchicalOrthogonality,
+    hierarchical_orthogonality,
+    word_groups,
+)
 from sparsekern.analysis.geometry.implication import ImplicationGraph, Reconstruction, implication_graph
 from sparsekern.analysis.geometry.lobes import (
+    Capacity,
+    OneSpaceOrMany,
+    PlantedLobes,
+    SubspaceClusters,
+    capacity,
+    one_space_or_many,
+    subspace_clusters,
+    union_of_subspaces,
+)
 from sparsekern.analysis.geometry.spectrum import (
+    AblationCurve,
+    Basis,
+    Projected,
+    Spectrum,
+    ce_curve,
+    fvu_curve,
+    pca_spectrum,
+    shuffled_codes,
+)
 
 __all__ = [
     "ABOVE",
