@@ -1,15 +1,9 @@
-"""Train a small causal language model: ``python -m sparsekern.analysis.models.language docstrings-relu-0 --seed 0``.
-
-The two kinds differ in the MLP only: ``relu`` is ``W_down relu(W_up x)``, piecewise linear between its norms,
-``swiglu`` is ``W_down (silu(W_gate x) · W_up x)``, and its hidden width is two thirds as large, for as many weights.
-Everything else is transformers' Llama: RMSNorm before each block, rotary positions, no biases.
-"""
+"""Train a small causal language model: ``python -m sparsekern.analysis.models.language docstrings-relu-0 --seed 0``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -19,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsekern.analysis.models.architecture import CONTEXT, HIDDEN, NGRAM_ORDER, SEPARATOR, VOCAB, new_model
 from sparsekern.analysis.models.corpus import corpus
 from sparsekern.analysis.models.ngram import KneserNey
+from sparsekern.analysis.models.report import card
 from sparsekern.files import write_atomically, write_json
 from sparsekern.progress import Progress
-
-VOCAB, CONTEXT, WIDTH, LAYERS, HEADS = 2048, 256, 128, 4, 4
-HIDDEN = {"relu": 512, "swiglu": 344}
-SEPARATOR = "<|endoftext|>"
-NGRAM_ORDER = 5
 
 _ADAMW_LR = 2e-2  # embedding and norms
 _MUON_LR = 4e-2  # all other matrices
@@ -66,30 +57,6 @@ def stream(tokenizer: Any, texts: list[str]) -> np.ndarray[Any, np.dtype[np.int6
     """All texts as one stream of token ids, a separator before each."""
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     return np.concatenate([np.array(one.ids, dtype=np.int64) for one in encoded])
-
-
-def new_model(kind: str, seed: int) -> Any:
-    """An untrained model of that kind."""
-    from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": HIDDEN[kind],
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-    }
-    torch.manual_seed(seed)
-    # Arcee is Llama with an MLP that has no gate.
-    if kind == "relu":
-        return ArceeForCausalLM(ArceeConfig(**shape, hidden_act="relu"))
-    return LlamaForCausalLM(LlamaConfig(**shape, hidden_act="silu"))
 
 
 def train(
@@ -231,43 +198,6 @@ def _name_known_class(path: Path) -> None:
 def _threads() -> str:
     count = torch.get_num_threads()
     return f"{count} thread{'s' * (count > 1)} of {os.cpu_count()} cores"
-
-
-def card(record: dict[str, Any]) -> str:
-    """The model card."""
-    held_out = record["held_out"]
-    nats, ngrams = held_out["nats_per_token"], held_out["ngrams_nats_per_token"]
-    best = min(ngrams, key=lambda order: ngrams[order])
-    bits = nats / math.log(2) / held_out["characters_per_token"]
-    mlp = "W_down relu(W_up x)" if record["kind"] == "relu" else "W_down (silu(W_gate x) · W_up x)"
-    passes = record["tokens"] / record["text_tokens"]
-    minutes, cpu_minutes = record["seconds"] / 60, record["cpu_seconds"] / 60
-    rows = [
-        f"| {name} | {source['version']} | {source['licence']} | {source['characters']:,} |"
-        for name, source in record["sources"].items()
-    ]
-    sources = "\n".join(rows)
-    return f"""# {record["name"]}
-
-A causal language model for analyses of features: {record["parameters"]:,} parameters, {LAYERS} layers of width {WIDTH},
-MLP `{mlp}` with {HIDDEN[record["kind"]]} hidden units, {HEADS} heads, RMSNorm, rotary positions, tied
-embedding, {VOCAB:,} byte-level BPE tokens, contexts of {CONTEXT} tokens that begin with `{SEPARATOR}`. Weights in
-float16. It knows the style of Python's documentation and little else.
-
-- Trained on {record["tokens"]:,} tokens ({passes:.1f} times the text), seed {record["seed"]}, in {minutes:.0f} minutes
-  ({cpu_minutes:.0f} of CPU time) on: {record["device"]}. It has not converged: more tokens would lower its loss.
-- Held-out perplexity {math.exp(nats):.2f} a token ({bits:.3f} bits a character). Kneser–Ney n-grams of the same text:
-  {math.exp(ngrams[best]):.2f} (order {best}, the best of 1 to {NGRAM_ORDER}). Held out are the docstrings of one file
-  in 20.
-- Loss curve and versions: `training.json`. Made by
-  `python -m sparsekern.analysis.models.language {record["name"]} --seed {record["seed"]}`.
-
-| text: docstrings of | version | licence | characters |
-|---|---|---|---|
-{sources}
-
-The weights are under the licence of sparsekern, Apache-2.0.
-"""
 
 
 if __name__ == "__main__":

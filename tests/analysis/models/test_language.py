@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from sparsekern.analysis.models import corpus as corpus_module
 from sparsekern.analysis.models import language
+from sparsekern.analysis.models.architecture import new_model
 from sparsekern.data import load_model, shipped_models
 
 TEXT = (
@@ -27,7 +28,7 @@ def ids():
 
 @pytest.mark.parametrize("kind", ["relu", "swiglu"])
 def test_training_lowers_the_loss_on_text_that_was_not_seen(kind, ids):
-    model = language.new_model(kind, 0).train()
+    model = new_model(kind, 0).train()
     curve = language.train(model, ids[:16_000], ids[16_000:17_000], tokens=8 * 2 * 256, batch=2, seed=0, shown=False)
     assert curve[-1]["tokens"] == 8 * 2 * 256
     assert curve[0]["training"] > curve[-1]["training"]
@@ -36,14 +37,14 @@ def test_training_lowers_the_loss_on_text_that_was_not_seen(kind, ids):
 
 def test_a_training_repeats(ids):
     curves = [
-        language.train(language.new_model("relu", 1).train(), ids, ids[:512], 4 * 256, 1, seed=1, shown=False)
+        language.train(new_model("relu", 1).train(), ids, ids[:512], 4 * 256, 1, seed=1, shown=False)
         for _ in range(2)
     ]
     assert curves[0] == curves[1]
 
 
 def test_the_kinds_differ_in_the_mlp_only():
-    relu, swiglu = (dict(language.new_model(kind, 0).named_parameters()) for kind in ("relu", "swiglu"))
+    relu, swiglu = (dict(new_model(kind, 0).named_parameters()) for kind in ("relu", "swiglu"))
     assert relu.keys() ^ swiglu.keys() == {f"model.layers.{i}.mlp.gate_proj.weight" for i in range(4)}
     sizes = [sum(p.numel() for p in parameters.values()) for parameters in (relu, swiglu)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)

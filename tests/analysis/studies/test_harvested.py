@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("transformers")
 
 from sparsekern.analysis.models import language
+from sparsekern.analysis.models.architecture import new_model
 from sparsekern.analysis.studies.harvested import Harvested
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import EMBEDDED_MODEL, harvest, import_activations
@@ -19,7 +20,7 @@ TEXTS = [f"Return item number {i} of the list, or the {i}th word of a longer tex
 def own(tmp_path_factory):
     """An untrained causal model of our own in a folder."""
     folder = tmp_path_factory.mktemp("model")
-    language.new_model("relu", 0).save_pretrained(folder)
+    new_model("relu", 0).save_pretrained(folder)
     language.train_tokenizer(TEXTS).save_pretrained(folder)
     return str(folder)
 
@@ -47,7 +48,7 @@ def test_rows_of_all_batches_are_the_held_out_activations(kind, drop_special, ow
 
 def test_another_model_is_noticed(own, tmp_path):
     store = harvest(tmp_path / "store", model=own, texts=TEXTS)
-    language.new_model("relu", 1).save_pretrained(own)
+    new_model("relu", 1).save_pretrained(own)
     with pytest.raises(ValueError, match="now is: harvest it again"):
         Harvested.of(store, HeldOut.of(store, 0.5, 0, 100))
 
