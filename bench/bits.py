@@ -1,12 +1,12 @@
-"""Nearest rows of bits beside torch, and pairs of latents beside scipy: ``python -m sparsekern.bench.bits [STORE SAE]``.
+"""Nearest rows of bits beside torch, pairs of latents beside scipy: ``python -m sparsekern.bench.bits [STORE SAE]``.
 
 Everything is timed by turns in one process, on one thread and by the processor's time, so that other work on the
 machine weighs on all alike; ``--whole`` adds one run over all pairs of rows on all threads, by the clock.
 
 torch's ways have the bits of both sides unpacked to ±1 beforehand, which is not timed, and go through tiles of rows:
 a matrix product, ``topk``, and a merge with the best so far. They are told from one another by their numbers: int8
-through ``torch._int_mm``, bfloat16 and float32. scipy's way is the product ``XᵀX`` of CSR matrices of ones, and its upper
-triangle.
+through ``torch._int_mm``, bfloat16 and float32. scipy's way is the product ``XᵀX`` of CSR matrices of
+ones, and its upper triangle.
 """
 
 from __future__ import annotations
@@ -74,11 +74,10 @@ def neighbors(rows: int, others: int, bits: int, k: int, rounds: int) -> dict[st
             for name, prepare in ways.items():
                 product = prepare(tile)
 
-                def search(name: str = name, product: Callable[[], Tensor] = product) -> None:
-                    found = product().topk(k, dim=1).values
-                    best[name] = torch.cat([best[name], found], 1).topk(k, dim=1).values if name in best else found
-
-                spent[name] += _seconds(search)
+                start = time.process_time()
+                found = product().topk(k, dim=1).values
+                best[name] = torch.cat([best[name], found], 1).topk(k, dim=1).values if name in best else found
+                spent[name] += time.process_time() - start
         for name, seconds in spent.items():
             taken[name].append(seconds)
         exact = (bits - best["int8"]) // 2
