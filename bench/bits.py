@@ -164,10 +164,11 @@ def main() -> None:
     report["neighbors"] = neighbors(args.rows, args.others, args.bits, args.k, args.rounds)
     write_json(args.output, report)
     if args.sae is not None:
-        sae, store = sk.SAE.from_pretrained(args.sae), ActivationStore(args.store)
+        sae, store = sk.SAE.from_pretrained(args.sae), ActivationStore(args.store).split(0.5, 0)[1]
         for tokens in args.tokens:
             with torch.no_grad():
-                parts = [sae.encode(x).to_csr() for x in store.load(tokens).split(8192)]
+                encoded = [sae.encode(x) for x in store.load(tokens).split(8192)]
+            parts = [part.to_csr() if isinstance(part, sk.SparseCodes) else part for part in encoded]
             lengths = torch.cat([part.crow.diff() for part in parts])
             crow = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
             col, values = (torch.cat([getattr(part, field) for part in parts]) for field in ("col", "values"))
