@@ -86,6 +86,7 @@ def contents(shape: Shape) -> dict[str, Interval]:
     found = {"start": place, "order": entry, "row_of": (0, rows - 1), "piece_start": (0, pieces)}
     found |= {f"other_{name}": bounds for name, bounds in found.items()}
     found |= {"indices": latent, "candidates": latent, "col": latent, "placed": entry, "cursor": place, "crow": place}
+    found |= {"entry": entry, "stop": place}
     # Where a count stands for "too many" it is the largest number there is.
     return found | {"piece_latent": (0, n), "count": (0, 2**31 - 1), "repaired": (0, 1)}
 

@@ -235,7 +235,19 @@ def launches(shape: Shape, arch: int) -> list[Any]:
                 state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
                 triton.row_adam(factors, weight, unit_rows, state, **options, finite=_empty(dtype=torch.bool))
+        bit_launches(rows, n, k)
     return found
+
+
+def bit_launches(rows: int, n: int, k: int) -> None:
+    """Launch the kernels of bits and pairs: codes of n bits, and the pairs of n latents."""
+    from sparsekern.backends.triton import bits
+
+    codes = _empty(rows, -(-n // 8), dtype=torch.uint8)
+    for metric in ("hamming", "jaccard"):
+        bits.bit_distances(codes, codes, metric)
+    entry, col = _empty(rows * k, dtype=torch.int64), _empty(rows * k, dtype=torch.int32)
+    bits.count_pairs(entry, entry.clone(), col, _empty(max(1, bits.COUNT_BYTES // (4 * n)), n, dtype=torch.int32), 0, k)
 
 
 def routed_launches(shape: Shape, routing: tuple[int, int], arch: int) -> list[Any]:

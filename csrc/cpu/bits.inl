@@ -338,13 +338,41 @@ void all_distances(const BitRows& a, const BitRows& b, typename Metric::Distance
     }
 }
 
+// Enters a neighbour into a heap of up to k, the farthest on top. Those met first win ties.
+template <class Distance>
+void meet(BitNeighbor<Distance>* heap, std::int64_t& size, std::int64_t k, const BitNeighbor<Distance>& met) {
+    if (size < k) {
+        heap[size++] = met;
+        std::push_heap(heap, heap + size);
+    } else if (met.distance < heap[0].distance) {
+        std::pop_heap(heap, heap + k);
+        heap[k - 1] = met;
+        std::push_heap(heap, heap + k);
+    }
+}
+
+// Out of full heaps.
+template <class Distance>
+void write_neighbors(std::vector<BitNeighbor<Distance>>& found, std::int64_t k, Distance* distance, std::int32_t* index,
+                     int threads) {
+    const std::int64_t all = static_cast<std::int64_t>(found.size());
+    parallel_for(all / k, useful_threads(20.0 * all, threads), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            std::sort_heap(found.data() + i * k, found.data() + (i + 1) * k);
+            for (std::int64_t j = i * k; j < (i + 1) * k; ++j) {
+                distance[j] = found[j].distance;
+                index[j] = found[j].index;
+            }
+        }
+    });
+}
+
 template <class Metric>
 void nearest(const BitRows& a, const BitRows& b, std::int64_t k, bool itself, typename Metric::Distance* distance,
              std::int32_t* index, int threads) {
-    using Neighbor = BitNeighbor<typename Metric::Distance>;
     BitPanels panels(b);
     const std::vector<std::int32_t> ones = ones_of<Metric>(a, threads);
-    std::vector<Neighbor> found(a.rows * k);  // of each row a heap, the worst on top
+    std::vector<BitNeighbor<typename Metric::Distance>> found(a.rows * k);  // of each row a heap, the worst on top
     std::vector<std::int64_t> size(a.rows, 0);
     threads = threads_for(a, b, threads);
     for (std::int64_t top = 0; top < b.rows; top += panels.most_panels * kBitPanel) {
@@ -357,7 +385,7 @@ void nearest(const BitRows& a, const BitRows& b, std::int64_t k, bool itself, ty
             };
             meet_panels(a, begin, end, panels, count, bounds,
                         [&](std::int64_t i, std::int64_t p, const std::int32_t* differ, std::uint64_t below) {
-                Neighbor* heap = found.data() + i * k;
+                BitNeighbor<typename Metric::Distance>* heap = found.data() + i * k;
                 const std::int64_t first = top + p * kBitPanel;
                 const std::int32_t mine = Metric::needs_ones ? ones[i] : 0;
                 for (int c = 0; below; ++c, below >>= 1) {  // by rising index, so that a tie changes nothing
@@ -365,29 +393,13 @@ void nearest(const BitRows& a, const BitRows& b, std::int64_t k, bool itself, ty
                     const std::int64_t j = first + c;
                     if (j >= b.rows) break;
                     if (j == i && !itself) continue;
-                    const Neighbor met = {Metric::distance(differ[c], mine + panels.ones[p * kBitPanel + c]),
-                                          static_cast<std::int32_t>(j)};
-                    if (size[i] < k) {
-                        heap[size[i]++] = met;
-                        std::push_heap(heap, heap + size[i]);
-                    } else if (met.distance < heap[0].distance) {
-                        std::pop_heap(heap, heap + k);
-                        heap[k - 1] = met;
-                        std::push_heap(heap, heap + k);
-                    }
+                    const auto far = Metric::distance(differ[c], mine + panels.ones[p * kBitPanel + c]);
+                    meet(heap, size[i], k, {far, static_cast<std::int32_t>(j)});
                 }
             });
         });
     }
-    parallel_for(a.rows, useful_threads(20.0 * a.rows * k, threads), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            std::sort_heap(found.data() + i * k, found.data() + i * k + k);
-            for (std::int64_t j = i * k; j < (i + 1) * k; ++j) {
-                distance[j] = found[j].distance;
-                index[j] = found[j].index;
-            }
-        }
-    });
+    write_neighbors(found, k, distance, index, threads);
 }
 
 void bit_distances(const BitRows& a, const BitRows& b, BitMetric metric, void* out, int threads) {

@@ -420,14 +420,10 @@ def nearest(
 
 
 def _nearest_keys(panels: Iterable[tuple[int, Tensor]], k: int, top: int | None) -> Tensor:
-    """Keys of the k nearest: a distance above, which has the order of its bits as it is not negative, an index below.
+    """Keys of the nearest: a distance above, whose bits have its order as it is not negative, an index below.
 
-    Parameters
-    ----------
-    panels : iterable of (int, Tensor [rows, columns])
-        The first index, and distances, int32 or float32.
-    top : int or None
-        The index of the first row, where no row is its own neighbour.
+    Panels are their first index and distances, ``[rows, columns]``; `top` is the index of the first row, where no row
+    is its own neighbour.
     """
     best = None
     for left, distances in panels:

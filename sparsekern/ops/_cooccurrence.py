@@ -43,7 +43,8 @@ def cooccurrence(codes: CSRCodes | SparseCodes, at_least: int = 1) -> Cooccurren
     if codes.tokens >= 2**31:
         raise ValueError(f"codes must be of fewer than 2**31 tokens, got {codes.tokens}")
     crow, col = _active(codes)
-    return Cooccurrence(*_cooccurrence(crow, col, codes.d_sae, at_least), codes.firing_counts())
+    first, others, counts = _cooccurrence(crow, col, codes.d_sae, at_least)
+    return Cooccurrence(first, others, counts, codes.firing_counts())
 
 
 def _active(codes: CSRCodes | SparseCodes) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,9 @@ _MODULES = {
     "csr_decode": "products",
     "csr_gather_dot": "products",
     "csr_scatter_outer": "products",
+    "bit_distances": "bits",
+    "bit_neighbors": "bits",
+    "cooccurrence": "bits",
     "SortedFactors": "adam",
     "clip_factor": "adam",
     "row_adam": "adam",
@@ -40,6 +43,7 @@ _MODULES = {
 """Where each function is."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WHOLE_NUMBERS = ("group_slots", "bit_distances", "bit_neighbors", "cooccurrence")  # checked once, for no dtype
 _FOR_SCREEN = {"bf16": (8, 0), "fp16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
 
 
@@ -55,8 +59,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         return f"serves cuda tensors, not {device.type}"
     if op not in _MODULES:
         return f"has no {op} kernel"
-    if op == "group_slots":
-        dtype = torch.float32  # its whole numbers have no check of their own
+    if op in _WHOLE_NUMBERS:
+        dtype = torch.float32
     if dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {dtype}"
     if importlib.util.find_spec("triton") is None:

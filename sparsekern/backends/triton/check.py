@@ -351,6 +351,42 @@ def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
     return [(mine, expected), (state["exp_avg"], first), (state["exp_avg_sq"], second)]
 
 
+def _bits(n: int) -> Tensor:
+    return torch.randint(256, (n, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+def _check_bit_distances(dtype: torch.dtype, device: torch.device) -> Pairs:
+    a, b = _bits(70), _bits(131)
+    pairs: Pairs = []
+    for metric in ("hamming", "jaccard"):
+        expected = reference.bit_distances(a, b, metric)
+        out = triton.bit_distances(a.to(device), b.to(device), metric)
+        if not torch.equal(out.cpu(), expected):
+            raise _DisagreementError(f"a {metric} distance is not right to the bit")
+        pairs.append((out, expected.double()))
+    return pairs
+
+
+def _check_bit_neighbors(dtype: torch.dtype, device: torch.device) -> Pairs:
+    a = _bits(70)
+    found = triton.bit_neighbors(a.to(device), a.to(device), 9, "hamming", False)
+    expected = reference.bit_neighbors(a, a, 9, "hamming", False)
+    if not torch.equal(found[1].cpu(), expected[1]):
+        raise _DisagreementError("a row is not among the nearest")
+    return [(found[0], expected[0].double())]
+
+
+def _check_cooccurrence(dtype: torch.dtype, device: torch.device) -> Pairs:
+    active = torch.rand(300, 90, generator=torch.Generator().manual_seed(5)) < 0.1
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+    col = active.nonzero()[:, 1].int()
+    found = [t.cpu() for t in triton.cooccurrence(crow.to(device), col.to(device), 90, 2)]
+    expected = reference.cooccurrence(crow, col, 90, 2)
+    if not all(map(torch.equal, found, expected)):
+        raise _DisagreementError("a pair has another count")
+    return [(found[2], expected[2].double())]
+
+
 CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
     "topk_encode": _check_topk_encode,
     "topk_encode bf16": _check_topk_encode_bf16,
@@ -368,11 +404,14 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
     "csr_scatter_outer": _check_csr_scatter_outer,
     "threshold_encode": _check_threshold_encode,
     "batch_topk_encode": _check_batch_topk_encode,
+    "bit_distances": _check_bit_distances,
+    "bit_neighbors": _check_bit_neighbors,
+    "cooccurrence": _check_cooccurrence,
     "row_adam": _check_row_adam,
 }
 """The check of every op."""
 
-_FLOAT32_ONLY = ("row_adam",)
+_FLOAT32_ONLY = ("row_adam", "bit_distances", "bit_neighbors", "cooccurrence")
 
 
 def run_one(op: str, dtype: torch.dtype, device: torch.device) -> Result:
