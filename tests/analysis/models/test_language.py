@@ -37,8 +37,7 @@ def test_training_lowers_the_loss_on_text_that_was_not_seen(kind, ids):
 
 def test_a_training_repeats(ids):
     curves = [
-        language.train(new_model("relu", 1).train(), ids, ids[:512], 4 * 256, 1, seed=1, shown=False)
-        for _ in range(2)
+        language.train(new_model("relu", 1).train(), ids, ids[:512], 4 * 256, 1, seed=1, shown=False) for _ in range(2)
     ]
     assert curves[0] == curves[1]
 
