@@ -2,13 +2,14 @@
 #   make train   harvest activations, train a sparse autoencoder on them, report    -> runs/first/
 #   make test    the whole test suite
 # More:
-#   make studies   pages about SAEs of three widths and three seeds, and about toys    -> studies/
+#   make studies   pages about SAEs of a sentence encoder and of a small language model, and about toys    -> studies/
 #   make sanitize  with a compiler alone: the C++ kernels under the address, undefined behaviour and thread sanitizers (-j2)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STORE ?= activations/minilm
+LM_STORE ?= activations/docstrings-relu-0
 RUN ?= runs/first
 STUDIES ?= studies
 
@@ -30,11 +31,16 @@ train: $(VENV)/installed
 	$(BIN)/sparsekern train $(STORE) --output $(RUN) --overwrite \
 	    --expansion 64 --k 32 --steps 400 --lr 1e-3 --eval-every 100 --checkpoint-every 200
 
-# The SAEs are trained by the first study, and shared.
+# The SAEs of a store are trained by its first study, and shared.
 studies: $(VENV)/installed
 	$(BIN)/sparsekern harvest $(STORE)
-	for study in canonical splitting completeness opposing; do \
+	for study in canonical splitting completeness opposing geometry polytope plateaus; do \
 	    $(BIN)/sparsekern study $$study $(STORE) --output $(STUDIES)/$$study --saes $(STUDIES)/saes --overwrite || exit 1; \
+	done
+	$(BIN)/sparsekern harvest $(LM_STORE) --model docstrings-relu-0
+	for study in geometry polytope plateaus; do \
+	    $(BIN)/sparsekern study $$study $(LM_STORE) --output $(STUDIES)/lm/$$study --saes $(STUDIES)/lm/saes --overwrite \
+	        || exit 1; \
 	done
 	$(BIN)/sparsekern study toy --output $(STUDIES)/toy --overwrite
 
