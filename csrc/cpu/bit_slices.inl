@@ -1,15 +1,19 @@
 // The nearest rows of bits, for many rows against many; included by bits.inl.
 //
 // A slice is one bit position of kSliceRows rows of b, and the slices of all positions are a panel. Rows of a are taken
-// `Group` at a time. These give each position one of 2^Group classes: which of them have the bit set. The slices of a class
-// are added up once for the whole group, in numbers whose binary digits are slices, each lane counting for its own row of b;
-// what row r of the group has in common with the rows of b is then the sum over the classes whose bit r is set, and these
-// sums share most of their additions (Arlazarov et al.'s method of the Four Russians, with rows in the place of columns).
+// `Group` at a time. These give each position one of 2^(Group - 1) classes: which of them differ there from the first. The
+// slices, each complemented where the first row has a one, show which rows of b differ from that row. Those of a class are
+// added up once for the whole group, in numbers whose binary digits are slices, each lane counting for its own row of b.
+// The sum of all classes is the distance from the first row. Row r differs from b where the first row does not in just the
+// classes whose bit is set for r: with s the sum of these, and d the positions in them, its distance is the first row's
+// + d - 2s. The sums s share most of their additions (the method of the Four Russians, Arlazarov et al. 1970, with rows in
+// the place of columns).
 //
-// A full adder is two operations on three slices and leaves two. So n positions are counted in 2n operations at most, and
-// added up in 2 * (2^(Group + 1) - Group - 2) for each digit. With 4,096 positions, groups of seven and 512 rows in a slice
-// these are 2.3 and 1.3 operations a pair, where xor, popcnt and add are 24. A panel of that size stays in the second-level
-// cache, from which each slice comes once for each group.
+// A full adder, two operations where three-way logic is one, makes two slices of three. So n positions are counted in at
+// most 2n operations, and C = 2^(Group - 1) classes added up in 2 (2C - Group - 1) for each digit. For 4,096 positions,
+// groups of eight and 512 rows in a slice these are 2.0 and 1.1 operations a pair, where xor, popcnt and add are 24. A panel
+// and its complement, 512 KB, stay in the second-level cache, from which each slice comes once for each group: at half a
+// slice a cycle that takes two cycles a pair, and bounds the whole.
 
 namespace sparsekern {
 namespace {
@@ -78,19 +82,7 @@ inline int digits(std::int64_t n) {
     return found;
 }
 
-// Bit c of word r becomes bit r of word c.
-inline void transpose(std::uint64_t (&x)[64]) {
-    std::uint64_t mask = 0x00000000ffffffffu;
-    for (int step = 32; step; step >>= 1, mask ^= mask << step)
-        for (int top = 0; top < 64; top += 2 * step)
-            for (int i = top; i < top + step; ++i) {
-                const std::uint64_t swap = ((x[i] >> step) ^ x[i + step]) & mask;
-                x[i] ^= swap << step;
-                x[i + step] ^= swap;
-            }
-}
-
-// Likewise of the eight bytes of a word.
+// Bit c of byte r of a word becomes bit r of byte c.
 inline std::uint64_t transpose_bytes(std::uint64_t x) {
     std::uint64_t swap = (x ^ (x >> 7)) & 0x00aa00aa00aa00aau;
     x ^= swap ^ (swap << 7);
@@ -100,20 +92,42 @@ inline std::uint64_t transpose_bytes(std::uint64_t x) {
     return x ^ swap ^ (swap << 28);
 }
 
-// Rows of b as panels of slices, a block of them at a time. A panel ends with a slice of zeros.
+// Likewise of 64 slices, in each of their words on its own.
+inline void transpose(std::uint64_t* slices) {
+    std::uint64_t mask = 0x00000000ffffffffu;
+    for (int step = 32; step; step >>= 1, mask ^= mask << step)
+        for (int top = 0; top < 64; top += 2 * step)
+            for (int i = top; i < top + step; ++i) {
+                std::uint64_t *x = slices + i * kSliceWords, *y = x + step * kSliceWords;
+#pragma omp simd
+                for (int word = 0; word < kSliceWords; ++word) {
+                    const std::uint64_t swap = ((x[word] >> step) ^ y[word]) & mask;
+                    x[word] ^= swap << step;
+                    y[word] ^= swap;
+                }
+            }
+}
+
+// Rows of b as panels of slices, a block of panels at a time.
 struct SlicePanels {
     const BitRows& b;
     std::int64_t columns, stride, most_panels;  // stride: words of a panel
     Workspace workspace;
     std::uint64_t* packed;
 
-    explicit SlicePanels(const BitRows& b) : b(b), columns(32 * b.words), stride((columns + 1) * kSliceWords) {
+    explicit SlicePanels(const BitRows& b) : b(b), columns(32 * b.words), stride(columns * kSliceWords) {
         const std::int64_t all = (b.rows + kSliceRows - 1) / kSliceRows;
         most_panels = std::max<std::int64_t>(1, std::min(all, BitPanels::kBytes / (8 * stride)));
         packed = workspace.take<std::uint64_t>(most_panels * stride);
     }
 
-    const std::uint64_t* panel(std::int64_t p) const { return packed + p * stride; }
+    // A panel and its complement, and a slice of zeros.
+    void copy(std::int64_t p, std::uint64_t* to) const {
+        const std::uint64_t* from = packed + p * stride;
+        for (std::int64_t i = 0; i < stride; ++i) to[i] = from[i];
+        for (std::int64_t i = 0; i < stride; ++i) to[stride + i] = ~to[i];
+        std::fill_n(to + 2 * stride, kSliceWords, 0);
+    }
 
     // Packs the rows from `top` on; how many panels there are.
     std::int64_t pack(std::int64_t top, int threads) {
@@ -126,19 +140,18 @@ struct SlicePanels {
     }
 
     void pack_panel(std::int64_t first, std::uint64_t* to) const {
-        std::uint64_t square[64];
-        std::fill_n(to + columns * kSliceWords, kSliceWords, 0);
-        for (int part = 0; part < kSliceWords; ++part, first += 64)
-            for (std::int64_t w = 0; w < b.words; w += 2) {
-                const std::int64_t words = std::min<std::int64_t>(2, b.words - w);
-                for (std::int64_t r = 0; r < 64; ++r) {
-                    square[r] = 0;
-                    for (std::int64_t i = 0; i < words && first + r < b.rows; ++i)
-                        square[r] |= static_cast<std::uint64_t>(word_at(b.row(first + r), w + i)) << 32 * i;
-                }
-                transpose(square);
-                for (std::int64_t c = 0; c < 32 * words; ++c) to[(32 * w + c) * kSliceWords + part] = square[c];
+        constexpr std::int64_t kWords = 16;  // of a row at a time: a cache line
+        alignas(64) std::uint64_t squares[kWords / 2][64 * kSliceWords];
+        for (std::int64_t left = 0; left < b.words; left += kWords) {
+            const std::int64_t words = std::min(kWords, b.words - left);
+            for (std::int64_t r = 0; r < kSliceRows; ++r) {
+                std::uint64_t line[kWords / 2] = {};
+                if (first + r < b.rows) std::memcpy(line, b.row(first + r) + 4 * left, 4 * words);
+                for (int i = 0; i < kWords / 2; ++i) squares[i][r % 64 * kSliceWords + r / 64] = line[i];
             }
+            for (auto& square : squares) transpose(square);
+            std::copy_n(squares[0], 32 * words * kSliceWords, to + 32 * left * kSliceWords);
+        }
     }
 };
 
@@ -152,12 +165,12 @@ constexpr int kFirstLevel = 3;
 // Positions by class, for a group of rows of a. The list of a class is padded with the slice of zeros.
 template <int Group>
 struct BitClasses {
-    static constexpr int kClasses = 1 << Group;
+    static constexpr int kClasses = 1 << (Group - 1);
 
     std::vector<std::uint16_t> list;
     std::int64_t start[kClasses + 1];  // where the lists begin
-    int width[Group + 1];              // digits of sums over 2^level classes
-    std::int32_t ones[Group];          // bits that are set in each row of the group
+    int width[Group];                  // digits of sums over 2^level classes
+    std::int32_t differ[Group];        // bits in which each row of the group differs from the first
 
     void sort(const BitRows& a, std::int64_t first, std::int64_t rows) {
         const std::int64_t columns = 32 * a.words;
@@ -167,7 +180,10 @@ struct BitClasses {
             std::uint64_t bytes = 0;
             for (std::int64_t r = 0; r < rows; ++r) bytes |= static_cast<std::uint64_t>(a.row(first + r)[c / 8]) << 8 * r;
             bytes = transpose_bytes(bytes);
-            for (int i = 0; i < 8; ++i) ++size[of[c + i] = static_cast<std::uint8_t>(bytes >> 8 * i)];
+            for (int i = 0; i < 8; ++i) {
+                of[c + i] = static_cast<std::uint8_t>(bytes >> 8 * i);
+                ++size[class_of(of[c + i])];
+            }
         }
         std::int64_t next[kClasses];
         start[0] = 0;
@@ -175,14 +191,21 @@ struct BitClasses {
             next[one] = start[one];
             start[one + 1] = start[one] + (size[one] + kStep - 1) / kStep * kStep;
         }
-        list.assign(start[kClasses], static_cast<std::uint16_t>(columns));
-        for (std::int64_t c = 0; c < columns; ++c) list[next[of[c]]++] = static_cast<std::uint16_t>(c);
-        for (std::int64_t r = 0; r < Group; ++r) ones[r] = r < rows ? count_ones(a, first + r) : 0;
-        for (int level = 0, count = kClasses; level <= Group; ++level, count /= 2) {
+        list.assign(start[kClasses], static_cast<std::uint16_t>(2 * columns));
+        for (std::int64_t c = 0; c < columns; ++c)
+            list[next[class_of(of[c])]++] = static_cast<std::uint16_t>(c + (of[c] & 1) * columns);
+        for (int r = 0; r < Group; ++r) {
+            differ[r] = 0;
+            for (int one = 0; one < kClasses; ++one) differ[r] += r && one >> (r - 1) & 1 ? size[one] : 0;
+        }
+        for (int level = 0, count = kClasses; level < Group; ++level, count /= 2) {
             width[level] = std::max(kRunDigits, digits(*std::max_element(size, size + count)));
             for (int one = 0; one < count / 2; ++one) size[one] = size[2 * one] + size[2 * one + 1];
         }
     }
+
+    // Of a position: which of the other rows differ from the first, given each row's bit.
+    static int class_of(int bits) { return (bits >> 1) ^ (-(bits & 1) & (kClasses - 1)); }
 };
 
 // The sum of up to kRun slices: digits in registers.
@@ -221,8 +244,16 @@ inline void count_class(const std::uint64_t* panel, const std::uint16_t* list, s
     }
 }
 
+// Numbers that add_classes has room for: Level + 1 sums, behind them those of lower levels and at the end a count for each
+// class of the lowest.
+template <int Level>
+constexpr int kNumbers = Level + kNumbers<Level - 1>;
+template <>
+constexpr int kNumbers<kFirstLevel> = kFirstLevel + 1 + (1 << kFirstLevel);
+
 // Of the 2^Level classes from `first` on: in sums[0] the sum of all, in sums[1 + r] of those whose bit r is set, numbers
-// that are `stride` words apart. Behind them is room for those of lower levels.
+// that are `stride` words apart. Numbers have
+// width[Level] digits.
 template <int Level, int Group>
 void add_classes(const std::uint64_t* panel, const BitClasses<Group>& classes, int first, std::int64_t stride,
                  std::uint64_t* sums) {
@@ -272,88 +303,106 @@ void add_classes(const std::uint64_t* panel, const BitClasses<Group>& classes, i
     }
 }
 
-// A bit for each row of b that differs from a row with `mine` bits in fewer than `worst`: those with
-// ones + ~(2 common) + mine - worst + 1 < 0 in two's complement.
-inline void test_slices(const std::uint64_t* common, const std::uint64_t* ones, int width, std::int32_t mine,
-                        std::int32_t worst, std::uint64_t* passing) {
-    const Slice none = slice_of(false), every = slice_of(true);
-    const std::int64_t shift = static_cast<std::int64_t>(mine) - worst + 1;
-    Slice carry = none, other = none, sum = none;
-    for (int p = 0; p < width + 2; ++p) {
-        const Slice twice = 0 < p && p <= width ? load_slice(common + (p - 1) * kSliceWords) : none;
-        const Slice one = p < width ? load_slice(ones + p * kSliceWords) : none;
-        sum = add_digits(add_digits(one, parity(twice, every, none), carry), slice_of(shift >> p & 1), other);
+// Distances of a row of a group from the rows of a panel: rows of b differ from the group's first row in `first` bits, of
+// which `swapped` are among the `differ` ones where the two rows of a are not the same.
+struct SlicedDistances {
+    const std::uint64_t *first, *swapped;
+    int width;
+    std::int32_t differ;
+
+    // A bit for each distance below `bound`, up to 2^width: where first + ~(2 swapped) + differ - bound + 1, which is the
+    // distance less the bound, is negative in two's complement.
+    void below(std::int32_t bound, std::uint64_t* passing) const {
+        const Slice none = slice_of(false), every = slice_of(true);
+        const std::int64_t shift = static_cast<std::int64_t>(differ) - bound + 1;
+        Slice carry = none, other = none, sum = none;
+        for (int p = 0; p < width + 2; ++p) {
+            const Slice twice = 0 < p && p <= width ? load_slice(swapped + (p - 1) * kSliceWords) : none;
+            const Slice once = p < width ? load_slice(first + p * kSliceWords) : none;
+            const Slice digit = add_digits(once, parity(twice, every, none), carry);
+            sum = add_digits(digit, slice_of(shift >> p & 1), other);
+        }
+        store_slice(passing, sum);
     }
-    store_slice(passing, sum);
-}
 
-// One row's number among those of a slice.
-inline std::int32_t number_at(const std::uint64_t* number, int width, std::int64_t row) {
-    std::int32_t found = 0;
-    for (int p = 0; p < width; ++p)
-        found |= static_cast<std::int32_t>(number[p * kSliceWords + row / 64] >> row % 64 & 1) << p;
-    return found;
-}
+    std::int32_t at(std::int64_t row) const {
+        std::int32_t found = differ;
+        for (int p = 0; p < width; ++p) {
+            const std::int64_t word = p * kSliceWords + row / 64;
+            found += static_cast<std::int32_t>(first[word] >> row % 64 & 1) << p;
+            found -= static_cast<std::int32_t>(swapped[word] >> row % 64 & 1) << (p + 1);
+        }
+        return found;
+    }
+};
 
-// Enters the rows of a panel that are near enough.
-inline void meet_slices(const std::uint64_t* common, const std::uint64_t* ones, int width, std::int32_t mine,
-                        std::int64_t left, std::int64_t rows, std::int64_t not_this, std::int64_t k, std::int64_t& size,
-                        BitNeighbor<std::int32_t>* heap) {
-    const auto worst = [&] { return size == k ? heap[0].distance : std::int32_t{1} << width; };
+// Enters the rows of a panel that are near enough; `left` is the first of its `rows` rows.
+inline void meet_slices(const SlicedDistances& distances, std::int64_t left, std::int64_t rows, std::int64_t not_this,
+                        std::int64_t k, std::int64_t& size, BitNeighbor<std::int32_t>* heap) {
+    const auto worst = [&] { return size == k ? heap[0].distance : std::int32_t{1} << distances.width; };
     alignas(64) std::uint64_t passing[kSliceWords];
-    std::int32_t tested = worst();
-    test_slices(common, ones, width, mine, tested, passing);
+    std::int32_t bound = worst();
+    distances.below(bound, passing);
     for (int word = 0; word < kSliceWords; ++word) {
         if (!passing[word]) continue;
-        if (worst() < tested) test_slices(common, ones, width, mine, tested = worst(), passing);
-        for (std::int64_t row = 64 * word; passing[word] && row < rows; ++row, passing[word] >>= 1) {
-            if (!(passing[word] & 1) || left + row == not_this) continue;
-            const std::int32_t differ = mine + number_at(ones, width, row) - 2 * number_at(common, width, row);
-            meet(heap, size, k, {differ, static_cast<std::int32_t>(left + row)});
-        }
+        if (worst() < bound) distances.below(bound = worst(), passing);
+        std::uint64_t here = passing[word];
+        for (std::int64_t row = 64 * word; here && row < rows; ++row, here >>= 1)
+            if ((here & 1) && left + row != not_this)
+                meet(heap, size, k, {distances.at(row), static_cast<std::int32_t>(left + row)});
     }
 }
 
+// Groups of rows go through the panels one after the other, each panel for as many of them as have their lists near.
 template <int Group>
 void nearest_by_slices(const BitRows& a, const BitRows& b, std::int64_t k, bool itself, std::int32_t* distance,
                        std::int32_t* index, int threads) {
+    constexpr std::int64_t kNear = 512 << 10;  // bytes of lists
     SlicePanels panels(b);
     const std::int64_t stride = std::max(kRunDigits, digits(panels.columns)) * kSliceWords;
     std::vector<BitNeighbor<std::int32_t>> found(a.rows * k);
     std::vector<std::int64_t> size(a.rows, 0);
     const std::int64_t groups = (a.rows + Group - 1) / Group;
-    // Groups whose lists are near at one time.
-    const std::int64_t most_near = std::max<std::int64_t>(1, (512 << 10) / (2 * panels.columns));
+    const std::int64_t most_near = std::max<std::int64_t>(1, kNear / (2 * panels.columns));
     threads = useful_threads(1.0 * a.rows * b.rows * a.words, threads);
+    const std::int64_t parts = std::max<std::int64_t>(threads, std::min<std::int64_t>(4 * threads, groups / most_near));
     for (std::int64_t top = 0; top < b.rows; top += panels.most_panels * kSliceRows) {
         const std::int64_t count = panels.pack(top, threads);
-        parallel_for(groups, threads, 4 * threads, [&](std::int64_t begin, std::int64_t end) {
+        parallel_for(groups, threads, parts, [&](std::int64_t begin, std::int64_t end) {
+            Workspace workspace;
+            std::uint64_t* panel = workspace.take<std::uint64_t>(2 * panels.stride + kSliceWords);
+            std::uint64_t* sums = workspace.take<std::uint64_t>(kNumbers<Group - 1> * stride);
+            std::uint64_t* zeros = workspace.take<std::uint64_t>(stride);
+            std::fill_n(zeros, stride, 0);
             std::vector<BitClasses<Group>> near(std::min(most_near, end - begin));
-            // Numbers of all levels, and the classes' own.
-            std::vector<std::uint64_t> memory((Group * (Group + 1) / 2 + 10) * stride + 8);
-            std::uint64_t* sums = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64 / 8;
-            for (std::int64_t group = begin; group < end; group += near.size()) {
-                const std::int64_t here = std::min<std::int64_t>(near.size(), end - group);
+            for (std::int64_t group = begin; group < end; group += most_near) {
+                const std::int64_t here = std::min(most_near, end - group);
                 for (std::int64_t g = 0; g < here; ++g) {
                     const std::int64_t first = (group + g) * Group;
                     near[g].sort(a, first, std::min<std::int64_t>(Group, a.rows - first));
                 }
-                for (std::int64_t p = 0; p < count; ++p)
+                for (std::int64_t p = 0; p < count; ++p) {
+                    panels.copy(p, panel);
+                    const std::int64_t left = top + p * kSliceRows, rows = std::min(kSliceRows, b.rows - left);
                     for (std::int64_t g = 0; g < here; ++g) {
-                        add_classes<Group>(panels.panel(p), near[g], 0, stride, sums);
-                        const std::int64_t left = top + p * kSliceRows, rows = std::min(kSliceRows, b.rows - left);
+                        const BitClasses<Group>& classes = near[g];
+                        add_classes<Group - 1>(panel, classes, 0, stride, sums);
                         for (std::int64_t r = 0, i = (group + g) * Group; r < Group && i < a.rows; ++r, ++i)
-                            meet_slices(sums + (1 + r) * stride, sums, near[g].width[Group], near[g].ones[r], left, rows,
-                                        itself ? -1 : i, k, size[i], found.data() + i * k);
+                            meet_slices({sums, r ? sums + r * stride : zeros, classes.width[Group - 1], classes.differ[r]},
+                                        left, rows, itself ? -1 : i, k, size[i], found.data() + i * k);
                     }
+                }
             }
         });
     }
     write_neighbors(found, k, distance, index, threads);
 }
 
-inline bool slices_pay(const BitRows& a, const BitRows& b) {
-    return a.rows >= 7 && b.rows >= 1 && a.words >= 8 && a.words <= 512;
+// Whether slices beat xor and popcnt. They take time to make (some 100 microseconds a panel of 4,096 positions), which many
+// rows of a share; narrow rows have too few positions for their classes; what is near enough is read out bit by bit, and
+// lists have 16 bits. Measured with AVX-512.
+inline bool slices_pay(const BitRows& a, const BitRows& b, std::int64_t k) {
+    return 64 <= a.words && a.words < 1024 && a.rows * a.words >= 256 * 128 && b.rows >= 128 * std::max<std::int64_t>(k, 8);
 }
 
 }  // namespace

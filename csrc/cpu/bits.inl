@@ -1,5 +1,5 @@
 // The kernels behind bits.h. A word of a row of `a` is compared with the same word of a panel in vectors of 32-bit lanes;
-// how lanes are counted is all that differs between instruction sets.
+// how lanes are counted is all that differs between instruction sets. bit_slices.inl has another way for many long rows.
 
 namespace sparsekern {
 namespace {
@@ -419,8 +419,8 @@ void bit_distances(const BitRows& a, const BitRows& b, BitMetric metric, void* o
 
 void bit_neighbors(const BitRows& a, const BitRows& b, std::int64_t k, BitMetric metric, bool itself, void* distance,
                    std::int32_t* index, int threads) {
-    if (metric == BitMetric::hamming && slices_pay(a, b))
-        nearest_by_slices<7>(a, b, k, itself, static_cast<std::int32_t*>(distance), index, threads);
+    if (metric == BitMetric::hamming && slices_pay(a, b, k))
+        nearest_by_slices<8>(a, b, k, itself, static_cast<std::int32_t*>(distance), index, threads);
     else if (metric == BitMetric::hamming)
         nearest<HammingMetric>(a, b, k, itself, static_cast<std::int32_t*>(distance), index, threads);
     else
