@@ -72,7 +72,7 @@ def token_codes(tokens: int, bits: int) -> Tensor:
     from sparsekern.data import EMBEDDED_MODEL, load_model, package_docstrings
 
     tokenizer, model = load_model(EMBEDDED_MODEL)
-    texts = [text for text, _ in package_docstrings("numpy") if len(text) > 500][: tokens // 100]
+    texts = [text for _, text in package_docstrings("numpy") if len(text) > 500][: tokens // 100]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
     batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     codes = polytope_codes(model, batch, batch_size=32).data[:, : bits // 8]

@@ -252,8 +252,7 @@ template <>
 constexpr int kNumbers<kFirstLevel> = kFirstLevel + 1 + (1 << kFirstLevel);
 
 // Of the 2^Level classes from `first` on: in sums[0] the sum of all, in sums[1 + r] of those whose bit r is set, numbers
-// that are `stride` words apart. Numbers have
-// width[Level] digits.
+// that are `stride` words apart, of width[Level] digits.
 template <int Level, int Group>
 void add_classes(const std::uint64_t* panel, const BitClasses<Group>& classes, int first, std::int64_t stride,
                  std::uint64_t* sums) {
