@@ -5,8 +5,10 @@ machine weighs on all alike; ``--whole`` adds one run over all pairs of rows on 
 
 torch's ways have the bits of both sides unpacked to ±1 beforehand, which is not timed, and go through tiles of rows:
 a matrix product, ``topk``, and a merge with the best so far. They are told from one another by their numbers: int8
-through ``torch._int_mm``, bfloat16 and float32. scipy's way is the product ``XᵀX`` of CSR matrices of
-ones, and its upper triangle.
+through ``torch._int_mm``, bfloat16 and float32. "unequal" is the way without a product,
+``(a[:, None] != b).sum(-1)`` of flags, for a few rows. Codes are random, and those of a network: which MLP units of
+MiniLM are on (above 0 before the GELU) for tokens of numpy's docstrings. scipy's way is the product ``XᵀX`` of CSR
+matrices of ones, and its upper triangle.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from sparsekern.files import write_json
 TILE = 8192
 """Rows of b that torch compares at a time."""
 
+UNEQUAL = (16, 1024)
+"""Rows of a and of b for which torch compares flags."""
+
 
 def _products(a: Tensor) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:
     """For each way of torch what prepares a tile of b, given as ±1 in int8, and returns the product with `a`."""
@@ -56,47 +61,69 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def neighbors(rows: int, others: int, bits: int, k: int, rounds: int) -> dict[str, Any]:
-    """Nanoseconds a pair of every way to the nearest rows, among random codes."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(256, (n, bits // 8), dtype=torch.uint8, generator=generator) for n in (rows, others))
+def random_codes(rows: int, bits: int, generator: torch.Generator) -> Tensor:
+    """Codes whose bits are set half of the time."""
+    return torch.randint(256, (rows, bits // 8), dtype=torch.uint8, generator=generator)
+
+
+def token_codes(tokens: int, bits: int) -> Tensor:
+    """Which of MiniLM's first MLP units are on, in tokens of docstrings in an order of chance."""
+    from sparsekern.analysis.polytope import polytope_codes
+    from sparsekern.data import EMBEDDED_MODEL, load_model, package_docstrings
+
+    tokenizer, model = load_model(EMBEDDED_MODEL)
+    texts = [text for _, text in package_docstrings("numpy") if len(text) > 500][: tokens // 100]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    codes = polytope_codes(model, batch, batch_size=32).data[:, : bits // 8]
+    return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:tokens]].contiguous()
+
+
+def neighbors(name: str, a: Tensor, b: Tensor, k: int, rounds: int) -> dict[str, Any]:
+    """Nanoseconds a pair of every way to the nearest rows of `b`."""
+    (rows, width), others = a.shape, len(b)
+    bits = 8 * width
+    flags, other_flags = (unpack_bits(x[:most], bits) for x, most in zip((a, b), UNEQUAL, strict=True))
     wide = unpack_bits(a, bits).to(torch.int8) * 2 - 1
     ways = _products(wide)
-    taken: dict[str, list[float]] = {name: [] for name in ("hamming", "jaccard", *ways)}
+    taken: dict[str, list[float]] = {way: [] for way in ("hamming", "jaccard", *ways, "unequal")}
+    pairs = {**dict.fromkeys(taken, rows * others), "unequal": len(flags) * len(other_flags)}
     sk.bit_neighbors(a, b[:TILE], k)
     expected = sk.bit_neighbors(a, b, k).distances
     for _ in range(rounds):
         for metric in ("hamming", "jaccard"):
             taken[metric].append(_seconds(lambda metric=metric: sk.bit_neighbors(a, b, k, metric)))  # type: ignore[misc]
+        taken["unequal"].append(_seconds(lambda: (flags[:, None] != other_flags).sum(-1).topk(k, dim=1, largest=False)))
         spent, best = dict.fromkeys(ways, 0.0), dict[str, Tensor]()
         for left in range(0, others, TILE):
             tile = unpack_bits(b[left : left + TILE], bits).to(torch.int8) * 2 - 1
-            for name, prepare in ways.items():
+            for way, prepare in ways.items():
                 product = prepare(tile)
 
                 start = time.process_time()
                 found = product().topk(k, dim=1).values
-                best[name] = torch.cat([best[name], found], 1).topk(k, dim=1).values if name in best else found
-                spent[name] += time.process_time() - start
-        for name, seconds in spent.items():
-            taken[name].append(seconds)
+                best[way] = torch.cat([best[way], found], 1).topk(k, dim=1).values if way in best else found
+                spent[way] += time.process_time() - start
+        for way, seconds in spent.items():
+            taken[way].append(seconds)
         exact = (bits - best["int8"]) // 2
         if not torch.equal(exact, expected):
             raise AssertionError("torch and bit_neighbors disagree")
-    nanoseconds = {name: 1e9 * statistics.median(times) / rows / others for name, times in taken.items()}
-    ratios = {
-        name: statistics.median(x / y for x, y in zip(taken[name], taken["hamming"], strict=True)) for name in taken
-    }
+    each = {way: [1e9 * seconds / pairs[way] for seconds in times] for way, times in taken.items()}
     return {
-        **{"rows": rows, "others": others, "bits": bits, "k": k, "rounds": rounds},
-        "ns_a_pair": nanoseconds,
-        "over_hamming": ratios,
+        **{"codes": name, "rows": rows, "others": others, "bits": bits, "k": k, "rounds": rounds},
+        "threads": torch.get_num_threads(),
+        "ns_a_pair": {way: statistics.median(times) for way, times in each.items()},
+        "over_hamming": {
+            way: statistics.median(x / y for x, y in zip(times, each["hamming"], strict=True))
+            for way, times in each.items()
+        },
     }
 
 
 def whole(rows: int, bits: int, k: int) -> dict[str, Any]:
     """All pairs of so many rows, once, on all threads."""
-    codes = torch.randint(256, (rows, bits // 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = random_codes(rows, bits, torch.Generator().manual_seed(0))
     start, used = time.perf_counter(), time.process_time()
     sk.bit_neighbors(codes, k=k)
     seconds = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
@@ -147,10 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, nargs="?", help="activations written by `sparsekern harvest`")
     parser.add_argument("sae", type=Path, nargs="?", help="an autoencoder trained on them")
-    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--others", type=int, default=100_000)
     parser.add_argument("--bits", type=int, default=4096)
     parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--tokens-of-text", type=int, default=20_000, help="codes of a network; 0 for none")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 131072])
     parser.add_argument("--zipf", type=int, nargs=3, default=[65536, 131072, 32], metavar=("TOKENS", "D_SAE", "K"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -161,8 +189,14 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report: dict[str, Any] = {**record.provenance(), "cooccurrence": []}
-    report["neighbors"] = neighbors(args.rows, args.others, args.bits, args.k, args.rounds)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (random_codes(n, args.bits, generator) for n in (args.rows, args.others))
+    report["neighbors"] = [neighbors("random", a, b, args.k, args.rounds)]
     write_json(args.output, report)
+    if args.tokens_of_text:
+        b = token_codes(args.tokens_of_text, args.bits)
+        report["neighbors"].append(neighbors("tokens", b[: args.rows], b, args.k, args.rounds))
+        write_json(args.output, report)
     if args.sae is not None:
         sae, store = sk.SAE.from_pretrained(args.sae), ActivationStore(args.store).split(0.5, 0)[1]
         for tokens in args.tokens:

@@ -1,5 +1,5 @@
 // The kernels behind bits.h. A word of a row of `a` is compared with the same word of a panel in vectors of 32-bit lanes;
-// how lanes are counted is all that differs between instruction sets.
+// how lanes are counted is all that differs between instruction sets. bit_slices.inl has another way for many long rows.
 
 namespace sparsekern {
 namespace {
@@ -402,6 +402,14 @@ void nearest(const BitRows& a, const BitRows& b, std::int64_t k, bool itself, ty
     write_neighbors(found, k, distance, index, threads);
 }
 
+}  // namespace
+}  // namespace sparsekern
+
+#include "bit_slices.inl"
+
+namespace sparsekern {
+namespace {
+
 void bit_distances(const BitRows& a, const BitRows& b, BitMetric metric, void* out, int threads) {
     if (metric == BitMetric::hamming)
         all_distances<HammingMetric>(a, b, static_cast<std::int32_t*>(out), threads);
@@ -411,7 +419,9 @@ void bit_distances(const BitRows& a, const BitRows& b, BitMetric metric, void* o
 
 void bit_neighbors(const BitRows& a, const BitRows& b, std::int64_t k, BitMetric metric, bool itself, void* distance,
                    std::int32_t* index, int threads) {
-    if (metric == BitMetric::hamming)
+    if (metric == BitMetric::hamming && slices_pay(a, b, k))
+        nearest_by_slices<8>(a, b, k, itself, static_cast<std::int32_t*>(distance), index, threads);
+    else if (metric == BitMetric::hamming)
         nearest<HammingMetric>(a, b, k, itself, static_cast<std::int32_t*>(distance), index, threads);
     else
         nearest<JaccardMetric>(a, b, k, itself, static_cast<float*>(distance), index, threads);

@@ -4,6 +4,8 @@
 #include "cpu/parallel.h"
 #include "native_test.h"
 
+#include <bitset>
+
 using namespace sparsekern;
 using namespace sparsekern::test;
 
@@ -46,12 +48,11 @@ Expected<T> expect(const BitRows& a, const BitRows& b, const Case& c) {
         std::vector<std::pair<T, std::int32_t>> found;
         for (std::int64_t j = 0; j < b.rows; ++j) {
             std::int32_t differ = 0, either = 0;
-            for (std::int64_t w = 0; w < 4 * a.words; ++w)
-                for (int bit = 0; bit < 8; ++bit) {
-                    const int x = a.row(i)[w] >> bit & 1, y = b.row(j)[w] >> bit & 1;
-                    differ += x ^ y;
-                    either += x | y;
-                }
+            for (std::int64_t w = 0; w < 4 * a.words; ++w) {
+                const std::bitset<8> x = a.row(i)[w], y = b.row(j)[w];
+                differ += static_cast<std::int32_t>((x ^ y).count());
+                either += static_cast<std::int32_t>((x | y).count());
+            }
             out.all.push_back(sizeof(T) && std::numeric_limits<T>::is_integer ? static_cast<T>(differ)
                               : either ? static_cast<T>(differ) / static_cast<T>(either)
                                        : T(0));
@@ -121,4 +122,10 @@ NATIVE_TEST(bits_among_themselves) {
     check_case({2, 2, 3, 50, 1, false});
     check_case({90, 90, 2, 5, 89, false});
     check_case({300, 300, 33, 30, 5, false});
+}
+
+// Many long rows, for which the kernels go through slices of bits; neither count is a multiple of what they take at a time.
+NATIVE_TEST(bits_in_slices) {
+    check_case({517, 1030, 65, 50, 8, true});
+    if (!kThreadSanitizer) check_case({33, 1030, 1000, 3, 1, true});
 }

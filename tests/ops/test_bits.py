@@ -111,6 +111,50 @@ def test_many_blocks(product_backend, monkeypatch):
         assert torch.equal(found.distances.double(), values)
 
 
+def many_rows(kind, n, bits, generator):
+    """Rows at random; around 20 centres, so that many are at one distance; all the same; with few bits set."""
+    if kind == "random":
+        return torch.rand(n, bits, generator=generator) < 0.5
+    if kind == "clustered":
+        centers = torch.rand(20, bits, generator=generator) < 0.4
+        centers = centers[torch.randint(20, (n,), generator=generator)]
+        return centers ^ (torch.rand(n, bits, generator=generator) < 0.002)
+    if kind == "equal":
+        return (torch.rand(bits, generator=generator) < 0.5).repeat(n, 1)
+    return torch.rand(n, bits, generator=generator) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "others", "bits", "k"),
+    [
+        *((kind, 517, 1030, 2056, 8) for kind in ("random", "clustered", "equal", "sparse")),
+        ("clustered", 500, 1100, 2048, 3),
+        ("sparse", 33, 1030, 31990, 1),
+    ],
+)
+def test_many_long_rows(product_backend, kind, rows, others, bits, k):
+    """On both sides of what it takes for the kernel to count in slices of bits."""
+    generator = torch.Generator().manual_seed(2)
+    flags = many_rows(kind, rows + others, bits, generator)
+    a, b = flags[:rows].float(), flags[rows:].float()
+    expected = (a.sum(1)[:, None] + b.sum(1) - 2 * a @ b.T).int()
+    values, order = expected_neighbors(expected, k, True)
+    found = sk.bit_neighbors(pack_bits(flags[:rows]), pack_bits(flags[rows:]), k)
+    assert torch.equal(found.indices, order)
+    assert torch.equal(found.distances.double(), values)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_many_long_rows_among_themselves(product_backend, kind):
+    flags = many_rows(kind, 1029, 2048, torch.Generator().manual_seed(3))
+    wide = flags.float()
+    expected = (wide.sum(1)[:, None] + wide.sum(1) - 2 * wide @ wide.T).int()
+    values, order = expected_neighbors(expected, 8, False)
+    found = sk.bit_neighbors(pack_bits(flags), k=8)
+    assert torch.equal(found.indices, order)
+    assert torch.equal(found.distances.double(), values)
+
+
 def test_rows_that_are_not_there(product_backend):
     none, some = torch.empty(0, 3, dtype=torch.uint8), torch.zeros(4, 3, dtype=torch.uint8)
     assert sk.bit_distances(none, some).shape == (0, 4)
