@@ -362,7 +362,7 @@ def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
     if not watched.harvested.causal or _GATED not in shipped_models():
         return
     page.section("Units with a gate")
-    tokenizer, model = load_model(_GATED, causal=True)
+    tokenizer, model = load_model(str(shipped_models()[_GATED]), causal=True)
     rows = []
     for batch in watched.harvested.batches:
         kept = watched.harvested.rows(batch)
@@ -371,9 +371,8 @@ def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
     batches = token_batches(tokenizer, texts, 128, 4096, _GATED_TOKENS)
     parts, ids, contexts, positions, seen = [], [], [], [], 0
     for batch in batches:
-        where = batch["attention_mask"].bool() & ~batch["special_tokens_mask"].bool()
-        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        parts.append(polytope_codes(model, given, kind="gate", where=where))
+        where = watched.harvested.rows(batch)
+        parts.append(polytope_codes(model, watched.harvested.inputs(batch), kind="gate", where=where))
         ids.append(batch["input_ids"][where])
         context, position = where.nonzero(as_tuple=True)
         contexts.append(context + seen)
@@ -394,8 +393,13 @@ def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
             for index, (name, _) in enumerate(codes.layers)
         ),
     )
+    some = {name: values[:_SURROGATE_CONTEXTS] for name, values in batches[-1].items()}
     surrogates = surrogate_agreement(
-        model, {name: batches[-1][name][:_SURROGATE_CONTEXTS] for name in given}, n_null=options.n_costly
+        model,
+        watched.harvested.inputs(some),
+        n_null=options.n_costly,
+        where=watched.harvested.rows(some),
+        seed=options.seed,
     )
     _surrogate_table(page, surrogates)
     page.text(

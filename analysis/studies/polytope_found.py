@@ -33,11 +33,11 @@ from sparsekern.bits import pack_bits
 from sparsekern.data import ActivationStore
 
 _METHODS = {"pca": "PCA", "ica": "ICA", "nmf": "NMF", "sae": "SAE"}
-_DECOMPOSED = 4096  # tokens
+_DECOMPOSED = 2048  # tokens
 _SAE_STEPS = 200
 _SHOWN = 8  # components told by their words
 _STRONGEST = 12  # tokens of a component whose words are told
-_LATENTS = 512  # latents held against every unit
+_LATENTS = 256  # latents held against every unit
 _TOP = 20  # examples of a component, and of a latent
 _LABEL_COUNT = 10  # occurrences of a token that is a label
 
@@ -183,7 +183,8 @@ def _signs(found: CodeFeatureRelation) -> str:
 
 
 def _cell(result: Result) -> str:
-    return f"{result.value:.3f} ({max(float(numbers.max()) for numbers in result.nulls.values()):.3f})"
+    most = [float(numbers.max()) for numbers in result.nulls.values() if len(numbers)]
+    return f"{result.value:.3f} ({f'{max(most):.3f}' if most else '–'})"
 
 
 def _of_tokens(codes: sk.SparseCodes, n: int) -> sk.SparseCodes:
@@ -236,7 +237,7 @@ def _directions(
     )
     if watched.behind:
         batch = {name: some[: options.pulled] for name, some in watched.harvested.batches[0].items()}
-        for name, one, _ in every:
+        for place, (name, one, _) in enumerate(every):
             results[name] |= pulled_directions(
                 watched.harvested.model,
                 watched.harvested.inputs(batch),
@@ -245,7 +246,7 @@ def _directions(
                 layers=watched.related,
                 at=watched.harvested.hook,
                 where=watched.harvested.rows(batch),
-                n_null=options.n_costly,
+                n_null=options.n_costly if place == 0 else 0,
                 seed=options.seed,
             ).results
         page.text(
@@ -269,7 +270,9 @@ def _directions(
         ([name, *(_cell(group[key]) for key in keys)] for name, group in results.items()),
     )
     first = results[every[0][0]]
-    page.text("In brackets the largest sample of the nulls.", markdown(first.values()))
+    page.text(
+        "In brackets the largest sample of the nulls, for pulled directions of the first SAE.", markdown(first.values())
+    )
     page.text(*(sentence(first[key]) for key in keys))
     page.record(parts=results)
 

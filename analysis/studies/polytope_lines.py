@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsekern.analysis.models.digits import SEEDS, accuracy, digits_data, digits_net, new_net
 from sparsekern.analysis.polytope import BoundaryDensity, boundary_density
-from sparsekern.analysis.results import Result, new_panels
+from sparsekern.analysis.results import Result, new_panels, null_generator
 from sparsekern.analysis.studies.options import PolytopeOptions
 from sparsekern.analysis.studies.page import Page, sentence
 from sparsekern.analysis.studies.polytope_nets import Watched
@@ -39,11 +39,11 @@ def digits(page: Page, options: PolytopeOptions) -> None:
     read = []
     for seed in SEEDS[:1] if options.quick else SEEDS:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed + seed)
+            torch.manual_seed(null_generator(options.seed + seed).initial_seed())
             nets = {"trained": digits_net(seed=seed), "untrained": new_net().eval()}
         read.append(accuracy(nets["trained"])[1])
         for name, net in nets.items():
-            found[name].append(_density(net, images, truth, options))
+            found[name].append(_density(net, images, truth, options, options.n_costly))
     page.text(
         "Three hidden layers of 64 ReLUs that read the 8 × 8 digits of scikit-learn, for which every boundary on a "
         f"segment is found exactly. Held-out images, {len(images)}, of which the networks read "
@@ -61,9 +61,9 @@ def digits(page: Page, options: PolytopeOptions) -> None:
     page.record(digits={name: [one.results for one in group] for name, group in found.items()})
 
 
-def _density(net: torch.nn.Module, x: Tensor, labels: Tensor, options: PolytopeOptions) -> BoundaryDensity:
+def _density(net: torch.nn.Module, x: Tensor, labels: Tensor, options: PolytopeOptions, n_null: int) -> BoundaryDensity:
     return boundary_density(
-        net, x, labels, segments=options.segments, n_null=options.n_costly, seed=options.seed, batch_size=2048
+        net, x, labels, segments=options.segments, n_null=n_null, seed=options.seed, batch_size=2048
     )
 
 
@@ -72,8 +72,8 @@ def _cells(one: BoundaryDensity) -> list[str]:
     for key, nulls in _NULLS.items():
         result = one.results[key]
         of_null = torch.Tensor.max if key == "between_over_within" else torch.Tensor.mean
-        told = ", ".join(f"{float(of_null(result.nulls[null])):.3g}" for null in nulls)
-        cells.append(f"{result.value:.3g} ({told})")
+        told = ", ".join(f"{float(of_null(result.nulls[null])):.3g}" for null in nulls if len(result.nulls[null]))
+        cells.append(f"{result.value:.3g} ({told or '–'})")
     return cells
 
 
@@ -103,8 +103,7 @@ def lines(page: Page, watched: Watched, options: PolytopeOptions) -> None:
     held_out = watched.held_out
     following = torch.where(held_out.contexts[1:] == held_out.contexts[:-1], held_out.tokens[1:], -1)
     labels = {"token": held_out.tokens, "next token": torch.cat([following, torch.tensor([-1])])}
-    found: dict[str, list[BoundaryDensity]] = {"trained": [], "untrained": []}
-    rows = []
+    found: dict[str, dict[str, BoundaryDensity]] = {"trained": {}, "untrained": {}}
     for net, model in (("trained", watched.harvested.model), ("untrained", watched.random)):
         x = watched.inputs_of(model, name)
         mlp = named_module(model, name, "layer")
@@ -112,24 +111,28 @@ def lines(page: Page, watched: Watched, options: PolytopeOptions) -> None:
             known = (classes >= 0).nonzero().squeeze(1)
             generator = torch.Generator().manual_seed(options.seed)
             chosen = known[torch.randperm(len(known), generator=generator)[:_SAMPLES]]
-            one = _density(mlp, x[chosen], classes[chosen], options)
-            found[net].append(one)
-            rows.append([f"{net}, by {label}", *_cells(one)])
-    results = {
-        net: {label: one.results for label, one in zip(labels, group, strict=True)} for net, group in found.items()
-    }
+            n_null = options.n_costly if label == "token" else 0  # of what does not depend on the labels
+            found[net][label] = _density(mlp, x[chosen], classes[chosen], options, n_null)
+    of_tokens = {net: [group["token"]] for net, group in found.items()}
     page.text(
         f"`{name}` alone, in the space that it reads: the activations behind the norm before it, whose scale therefore "
         "does not change along a segment. Classes are which token it is, and which one comes next; "
         f"{_SAMPLES:,} random tokens, {options.segments} segments of each measure at most."
     )
-    page.table(_HEADER, rows)
+    page.table(
+        _HEADER,
+        ([f"{net}, by {label}", *_cells(one)] for net, group in found.items() for label, one in group.items()),
+    )
     page.text(
         _MEANING,
         "With one hidden layer a unit changes its side at most once on a segment, so that boundaries are the units in "
         "which the codes of the two ends differ, and directions and distances decide all: compare with the untrained "
         "model, whose tokens of one kind are near each other as well.",
-        *(f"By {label}: {sentence(one['between_over_within'])}" for label, one in results["trained"].items()),
-        *_counted(found),
+        *(f"By {label}: {sentence(one.results['between_over_within'])}" for label, one in found["trained"].items()),
+        *_counted(of_tokens),
     )
-    page.record(lines=results)
+    figure, panels = new_panels(2, width=4.5)
+    for axes, (net, group) in zip(panels, found.items(), strict=True):
+        group["token"].plot(axes).set_title(f"{net}, by token", fontsize=10)
+    page.picture("mlp", figure, "Every segment between two tokens: its length, and boundaries per unit of it")
+    page.record(lines={net: {label: one.results for label, one in group.items()} for net, group in found.items()})

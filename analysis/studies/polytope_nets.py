@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.analysis.polytope import PolytopeCodes, boundaries_on_segments, polytope_codes
 from sparsekern.analysis.polytope.watch import Site, sites, watching
+from sparsekern.analysis.results import null_generator
 from sparsekern.analysis.studies.harvested import Harvested
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.bits import pack_bits
@@ -50,7 +51,7 @@ class Watched:
         """Run the model, and the one with random weights, on the contexts."""
         model = harvested.model
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(null_generator(seed).initial_seed())  # not what the training may have begun with
             random = type(model)(model.config).eval()
         codes, untrained = (codes_of(harvested, some, len(held_out.x)) for some in (model, random))
         return Watched(harvested, held_out, codes, untrained, _behind(harvested), random)

@@ -9,32 +9,33 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import ArceeConfig, ArceeForCausalLM, BertConfig, BertModel
+from transformers import ArceeConfig, ArceeForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from sparsekern.analysis.models import language
+from sparsekern.analysis.studies import polytope
 from sparsekern.analysis.studies.options import PolytopeOptions
-from sparsekern.analysis.studies.polytope import study
 from sparsekern.data import harvest, import_activations
 
 SHAPE = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 TEXTS = [f"Return item number {i} of the list, or the {i}th word of a longer text, as it was given." for i in range(40)]
 
 
-@pytest.fixture
-def model(request, tmp_path):
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
+IDS = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def new_model(kind, folder):
     """An untrained model in a folder, with the tokenizer of ours."""
-    torch.manual_seed(0)
-    if request.param == "causal":
-        net = ArceeForCausalLM(
-            ArceeConfig(
-                **SHAPE, hidden_act="relu", num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True
-            )
-        )
+    torch.manual_seed(1)
+    if kind == "causal":
+        net = ArceeForCausalLM(ArceeConfig(**SHAPE, **HEADS, **IDS, hidden_act="relu"))
+    elif kind == "gated":
+        net = LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, **IDS, hidden_act="silu"))
     else:
         net = BertModel(BertConfig(**SHAPE, num_attention_heads=2))
-    net.save_pretrained(tmp_path / "model")
-    language.train_tokenizer(TEXTS).save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    net.save_pretrained(folder)
+    language.train_tokenizer(TEXTS).save_pretrained(folder)
+    return str(folder)
 
 
 def check(written, out):
@@ -50,18 +51,20 @@ def check(written, out):
     return page, json.loads(written[-1].read_text(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize(("model", "hook"), [("causal", "layers.0"), ("bert", "encoder.layer.1")], indirect=["model"])
-def test_a_quick_study_writes_a_page_pictures_and_numbers(model, hook, tmp_path):
+@pytest.mark.parametrize(("kind", "hook"), [("causal", "layers.0"), ("bert", "encoder.layer.1")])
+def test_a_quick_study_writes_a_page_pictures_and_numbers(kind, hook, tmp_path, monkeypatch):
+    model, gated = (new_model(some, tmp_path / some) for some in (kind, "gated"))
+    monkeypatch.setattr(polytope, "shipped_models", lambda: {"docstrings-swiglu-0": gated})
     store = harvest(tmp_path / "acts", model=model, texts=TEXTS, hook=hook, context_length=32)
     out = tmp_path / "out"
     page, record = check(
-        study(store, PolytopeOptions(quick=True, device="cpu", held_out=0.4), out, progress=False), out
+        polytope.study(store, PolytopeOptions(quick=True, device="cpu", held_out=0.4), out, progress=False), out
     )
-    causal = hook == "layers.0"
+    causal = kind == "causal"
     # What asks for pieces is left out of a model without them; and nothing can be pulled back past the last layer.
     assert ("an MLP of this model is not piecewise linear" in page) != causal
     assert ("piecewise linear: a sign says all" in page) == causal
-    assert ("lines" in record) == causal
+    assert ("lines" in record) == ("gates" in record) == causal
     assert ("surrogates" in record) != causal
     assert ("Pulled directions" in page) == causal
     assert {len(looks) for looks in record["codes"].values()} == {2}
@@ -80,5 +83,5 @@ def test_imported_activations_are_refused_before_any_training(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32))
     store = import_activations(tmp_path / "store", tmp_path / "x.npy")
     with pytest.raises(ValueError, match="the store must be a harvest"):
-        study(store, PolytopeOptions(quick=True, device="cpu"), tmp_path / "out", progress=False)
+        polytope.study(store, PolytopeOptions(quick=True, device="cpu"), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
