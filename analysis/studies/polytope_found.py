@@ -33,11 +33,12 @@ from sparsekern.bits import pack_bits
 from sparsekern.data import ActivationStore
 
 _METHODS = {"pca": "PCA", "ica": "ICA", "nmf": "NMF", "sae": "SAE"}
-_DECOMPOSED = 2048  # tokens
+_DECOMPOSED = 4096  # tokens at most
+_ENTRIES = 2**23  # of codes that are decomposed; an eighth of it of a table of latents and units
 _SAE_STEPS = 200
 _SHOWN = 8  # components told by their words
 _STRONGEST = 12  # tokens of a component whose words are told
-_LATENTS = 256  # latents held against every unit
+_LATENTS = 512  # latents at most that are held against every unit
 _TOP = 20  # examples of a component, and of a latent
 _LABEL_COUNT = 10  # occurrences of a token that is a label
 
@@ -45,10 +46,9 @@ _LABEL_COUNT = 10  # occurrences of a token that is a label
 def made_of(page: Page, store: ActivationStore, watched: Watched, options: PolytopeOptions) -> None:
     """Decompositions of the codes, and what the parts are active on."""
     page.section("Which units come and go together")
-    n = min(_DECOMPOSED, len(watched.codes))
-    codes, untrained = (
-        of_rows(of_layers(some, watched.related), slice(n)) for some in (watched.codes, watched.untrained)
-    )
+    codes, untrained = (of_layers(some, watched.related) for some in (watched.codes, watched.untrained))
+    n = _decomposed(codes)
+    codes, untrained = of_rows(codes, slice(n)), of_rows(untrained, slice(n))
     rank = min(options.rank, n, codes.n_units)
     found: dict[str, Decomposition] = {}
     for method, name in _METHODS.items():
@@ -89,6 +89,11 @@ def made_of(page: Page, store: ActivationStore, watched: Watched, options: Polyt
     page.record(decompositions=results)
 
 
+def _decomposed(codes: PolytopeCodes) -> int:
+    """How many of the tokens are decomposed."""
+    return min(_DECOMPOSED, _ENTRIES // codes.n_units, len(codes))
+
+
 def _more(value: float, other: float, what: str) -> str:
     return f"{'more' if value > other else 'less'} than of {what}, {other:.1%}"
 
@@ -124,7 +129,8 @@ def latents(page: Page, trained: TrainedSAEs, watched: Watched, options: Polytop
             some = _of_tokens(one.codes, n)
             chosen = one.density.argsort(descending=True, stable=True)
             chosen = chosen[one.density[chosen] * len(one.codes.values) >= 10]
-            spaced = torch.linspace(0, len(chosen) - 1, min(_LATENTS, len(chosen))).long()
+            most = min(_LATENTS, _ENTRIES // 8 // codes.n_units, len(chosen))
+            spaced = torch.linspace(0, len(chosen) - 1, most).long()
             every.append((f"{width:,}, seed {one.seed}", one, some))
             found.append(
                 code_feature_relation(
@@ -214,7 +220,7 @@ def _directions(
 ) -> None:
     """Components pulled back to the activations, and examples that they share with latents."""
     page.section("Whether parts of the code are latents")
-    n = min(_DECOMPOSED, len(codes))
+    n = _decomposed(codes)
     rank = min(options.rank, n, codes.n_units)
     made = decompose_codes(of_rows(codes, slice(n)), "nmf", rank, n_null=0, seed=options.seed)
     assert isinstance(made.scores, Tensor)
