@@ -151,7 +151,7 @@ class PolytopeOptions(SAEsOptions):
     latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
     seeds: int = option(2, "SAEs of each width; they differ in their first weights only", at_least=2)
     rank: int = option(16, "components that codes are decomposed into", at_least=2)
-    related: int = option(8192, "tokens on which codes are held against latents, at most", unit="tokens", at_least=64)
+    related: int = option(4096, "tokens on which codes are held against latents, at most", unit="tokens", at_least=64)
     clustered: int = option(2000, "tokens that are clustered, at most", unit="tokens", at_least=16)
     segments: int = option(100, "on which boundaries are looked for, of each measure", at_least=2)
     pulled: int = option(8, "contexts through which components are pulled back", at_least=1)

@@ -251,7 +251,7 @@ def _plot_distances(found: dict[str, dict[str, list[Result]]], kinds: Sequence[s
         values = [float(result.nulls["any token"].mean()) for result in found[net][kinds[0]][:-1]]
         axes.plot(places, values, style, color="0.45", ms=4, label=f"null: any two tokens, {net}")
     axes.set_xticks(places, [str(place) for place in places])
-    axes.set(xlabel="layer", ylabel="share of units that differ", ylim=(0, None))
+    axes.set(xlabel="layer", ylabel="share of units that differ", ylim=(0, 1.25 * axes.get_ylim()[1]))
     axes.legend(frameon=False, fontsize=8, ncols=2)
     return axes
 

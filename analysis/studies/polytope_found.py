@@ -26,19 +26,18 @@ from sparsekern.analysis.polytope import (
 )
 from sparsekern.analysis.results import Result, markdown, new_axes, plot
 from sparsekern.analysis.studies.options import PolytopeOptions
-from sparsekern.analysis.studies.page import Page, sentence
+from sparsekern.analysis.studies.page import Page, sentence, token_text
 from sparsekern.analysis.studies.polytope_nets import Watched, of_layers, of_rows
 from sparsekern.analysis.studies.saes import TrainedSAEs
 from sparsekern.bits import pack_bits
 from sparsekern.data import ActivationStore
 
 _METHODS = {"pca": "PCA", "ica": "ICA", "nmf": "NMF", "sae": "SAE"}
-_DECOMPOSED = 4096  # tokens at most
-_ENTRIES = 2**23  # of codes that are decomposed; an eighth of it of a table of latents and units
+_DECOMPOSED = 2048  # tokens
 _SAE_STEPS = 200
 _SHOWN = 8  # components told by their words
 _STRONGEST = 12  # tokens of a component whose words are told
-_LATENTS = 512  # latents at most that are held against every unit
+_LATENTS = 256  # latents that are held against every unit
 _TOP = 20  # examples of a component, and of a latent
 _LABEL_COUNT = 10  # occurrences of a token that is a label
 
@@ -47,7 +46,7 @@ def made_of(page: Page, store: ActivationStore, watched: Watched, options: Polyt
     """Decompositions of the codes, and what the parts are active on."""
     page.section("Which units come and go together")
     codes, untrained = (of_layers(some, watched.related) for some in (watched.codes, watched.untrained))
-    n = _decomposed(codes)
+    n = min(_DECOMPOSED, len(codes))
     codes, untrained = of_rows(codes, slice(n)), of_rows(untrained, slice(n))
     rank = min(options.rank, n, codes.n_units)
     found: dict[str, Decomposition] = {}
@@ -64,7 +63,7 @@ def made_of(page: Page, store: ActivationStore, watched: Watched, options: Polyt
             seed=options.seed,
         )
     results = {name: one.results["explained"] for name, one in found.items()}
-    best = max(results, key=lambda name: results[name].value)
+    best = max(results, key=lambda name: round(results[name].value, 3))  # ICA explains what PCA does
     page.text(
         f"The codes of {n:,} tokens ({', '.join(f'`{name}`' for name in watched.related)}) as sums of {rank} patterns "
         f"of units, by four methods. *Explained* is the share of the codes' variance about their mean. Null: every "
@@ -74,12 +73,12 @@ def made_of(page: Page, store: ActivationStore, watched: Watched, options: Polyt
         f"{best} explains most, {results[best].value:.1%}; "
         + _more(results[best].value, float(results[best].controls["untrained"].mean()), "the untrained model's codes")
         + ". Parts that never subtract, as those of NMF, are the easiest to read; some of them, evenly spaced by "
-        "strength, with the words of the tokens on which they are strongest:",
+        "strength, with the tokens on which they are strongest:",
     )
     nmf = found["NMF"]
     assert isinstance(nmf.scores, Tensor)
     page.table(
-        ["component", "words of its strongest tokens", "share of its squares in each layer"],
+        ["component", f"its {_STRONGEST} strongest tokens, and how often each", "share of its squares in each layer"],
         (
             [str(index), _words(store, watched, nmf.scores[:, index]), _shares(nmf, index)]
             for index in torch.linspace(0, rank - 1, min(_SHOWN, rank)).round().long().tolist()
@@ -89,18 +88,13 @@ def made_of(page: Page, store: ActivationStore, watched: Watched, options: Polyt
     page.record(decompositions=results)
 
 
-def _decomposed(codes: PolytopeCodes) -> int:
-    """How many of the tokens are decomposed."""
-    return min(_DECOMPOSED, _ENTRIES // codes.n_units, len(codes))
-
-
 def _more(value: float, other: float, what: str) -> str:
     return f"{'more' if value > other else 'less'} than of {what}, {other:.1%}"
 
 
 def _words(store: ActivationStore, watched: Watched, scores: Tensor) -> str:
-    rows = watched.held_out.rows[scores.topk(min(_STRONGEST, len(scores))).indices]
-    words = [store.word_text(row).replace("|", "¦").replace("`", "ˋ") for row in rows.tolist()]
+    tokens = watched.held_out.tokens[scores.topk(min(_STRONGEST, len(scores))).indices]
+    words = [token_text(store, token) for token in tokens.tolist()]
     return ", ".join(f"`{word}` ×{count}" for word, count in Counter(words).most_common(4))
 
 
@@ -129,8 +123,7 @@ def latents(page: Page, trained: TrainedSAEs, watched: Watched, options: Polytop
             some = _of_tokens(one.codes, n)
             chosen = one.density.argsort(descending=True, stable=True)
             chosen = chosen[one.density[chosen] * len(one.codes.values) >= 10]
-            most = min(_LATENTS, _ENTRIES // 8 // codes.n_units, len(chosen))
-            spaced = torch.linspace(0, len(chosen) - 1, most).long()
+            spaced = torch.linspace(0, len(chosen) - 1, min(_LATENTS, len(chosen))).long()
             every.append((f"{width:,}, seed {one.seed}", one, some))
             found.append(
                 code_feature_relation(
@@ -220,7 +213,7 @@ def _directions(
 ) -> None:
     """Components pulled back to the activations, and examples that they share with latents."""
     page.section("Whether parts of the code are latents")
-    n = _decomposed(codes)
+    n = min(_DECOMPOSED, len(codes))
     rank = min(options.rank, n, codes.n_units)
     made = decompose_codes(of_rows(codes, slice(n)), "nmf", rank, n_null=0, seed=options.seed)
     assert isinstance(made.scores, Tensor)

@@ -13,6 +13,7 @@ from sparsekern.analysis.studies.page import Page, sentence
 from sparsekern.analysis.studies.polytope_nets import Watched
 from sparsekern.hooks import named_module
 
+_LEVEL = 0.05
 _SAMPLES = 1000  # tokens from which segments are drawn; Gaussian points of them take their square
 _NULLS = {
     "between_over_within": ("kinds permuted", "kinds permuted at a length"),
@@ -23,11 +24,12 @@ _TITLES = {"between_over_within": "between over within", "data": "between sample
 _HEADER = ["", *(f"{title} ({', '.join(_NULLS[key])})" for key, title in _TITLES.items())]
 _MEANING = (
     "*Between over within*: boundaries per unit length on segments between samples of different classes over that "
-    "within a class; in brackets the largest of 999 samples with the kinds of segments permuted, and permuted among "
-    "segments of about the same length, since segments within a class are shorter. *Between samples* and *about "
-    "samples*: boundaries per unit length on segments between two samples, and on short ones around one; in brackets "
-    "the means for Gaussian points with the covariance of the data, and for points with every coordinate permuted over "
-    "the samples."
+    "within a class. Above 1 a line between classes crosses more pieces than a line of its length within one. In "
+    "brackets the largest of 999 samples with the kinds of segments permuted, and permuted among segments of about the "
+    "same length, since segments within a class are shorter, and the larger p. *Between samples* and *about samples*: "
+    "boundaries per unit length on segments between two samples, and on short ones around one; in brackets the means "
+    "for Gaussian points with the covariance of the data, and for points with every coordinate permuted over the "
+    "samples."
 )
 
 
@@ -73,19 +75,22 @@ def _cells(one: BoundaryDensity) -> list[str]:
         result = one.results[key]
         of_null = torch.Tensor.max if key == "between_over_within" else torch.Tensor.mean
         told = ", ".join(f"{float(of_null(result.nulls[null])):.3g}" for null in nulls if len(result.nulls[null]))
-        cells.append(f"{result.value:.3g} ({told or '–'})")
+        p = f"; p {result.p:.2g}" if key == "between_over_within" else ""
+        cells.append(f"{result.value:.3g} ({told or '–'}{p})")
     return cells
 
 
 def _counted(found: dict[str, list[BoundaryDensity]]) -> list[str]:
-    """In how many networks each measure is above all its nulls."""
+    """In how many networks each measure stands out against its nulls."""
     told = []
     for name, group in found.items():
-        counts = [
-            f"{title} in {sum(_above(one.results[key]) for one in group)} of {len(group)}"
-            for key, title in _TITLES.items()
-        ]
-        told.append(f"{name.capitalize()} networks that are above all samples of all nulls: {', '.join(counts)}.")
+        every = [one.results for one in group]
+        more = sum(results["between_over_within"].p <= _LEVEL for results in every)
+        above = [f"{_TITLES[key]} in {sum(_above(results[key]) for results in every)}" for key in ("data", "local")]
+        told.append(
+            f"{name.capitalize()}, of {len(group)}: more between classes than within, p ≤ {_LEVEL:g}, in {more}; above "
+            f"all samples of both nulls {' and '.join(above)}."
+        )
     return told
 
 
