@@ -30,6 +30,7 @@ from sparsekern.analysis.studies.options import (
     CompletenessOptions,
     MoeOptions,
     OpposingOptions,
+    PolytopeOptions,
     SplittingOptions,
     ToyOptions,
 )
@@ -524,6 +525,11 @@ _study_of_activations(
     "opposing",
     OpposingOptions,
     "Which latents oppose each other, whether they are the dense ones, and what signed latents make of them.",
+)
+_study_of_activations(
+    "polytope",
+    PolytopeOptions,
+    "Which linear piece of a network a token is in, where the pieces meet, and what latents have to do with them.",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsekern.analysis.polytope.batches import Batch, Where, batches, length_of, moved, rows_of
 from sparsekern.analysis.polytope.watch import Site, pool_windows, sites, watching
 from sparsekern.bits import pack_bits, unpack_bits
 from sparsekern.files import write_json
@@ -24,9 +25,6 @@ KINDS = ("sign", "soft", "gate")
 _FORMAT = "sparsekern-polytope-codes"
 _VERSION = 1
 _DATA, _MANIFEST = "codes.npy", "manifest.json"
-
-Batch = Tensor | Mapping[str, Any]
-Where = Tensor | Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,10 +226,10 @@ def polytope_codes(
     total = len(x) if isinstance(x, Tensor) else None
     done = 0
     with evaluating(net), writer, Progress("polytope codes", total, unit="samples", shown=progress) as bar:
-        for batch, mask in _batches(x, batch_size, where):
-            rows, counts = _codes(net, _to(batch, device), mask, watched, kind, layers is not None)
+        for batch, mask in batches(x, batch_size, where):
+            rows, counts = _codes(net, moved(batch, device), mask, watched, kind, layers is not None)
             writer.add((rows.half() if kind == "soft" else pack_bits(rows)).cpu(), counts)
-            done += _length(batch)
+            done += length_of(batch)
             bar.update(done)
         if writer.n == 0:
             raise ValueError("x must have a sample at least, and where a token")
@@ -244,7 +242,7 @@ def _codes(
     """Rows of a batch, not packed, and the layers that they are made of."""
     seen: list[tuple[str, Tensor]] = []
     called = set()
-    length = _length(batch)
+    length = length_of(batch)
 
     def see(name: str, site: Site, u: Tensor) -> None:
         called.add(site.name)
@@ -255,9 +253,9 @@ def _codes(
             values = _derivative(site.module, u) if kind == "soft" else u > 0
         # The extremes first, which are cheap: what is not finite may be a token that is not wanted.
         suspect = u.numel() > 0 and not all(end.isfinite() for end in u.aminmax())
-        if suspect and not _rows(name, u.isfinite(), length, mask).all():
+        if suspect and not rows_of(name, u.isfinite(), length, mask).all():
             raise ValueError(f"net must have finite pre-activations: those of layer {name!r} are not")
-        seen.append((name, _rows(name, values, length, mask)))
+        seen.append((name, rows_of(name, values, length, mask)))
 
     with watching(watched, see):
         net(**batch) if isinstance(batch, Mapping) else net(batch)
@@ -266,19 +264,6 @@ def _codes(
         raise ValueError(f"layers must be called in the forward pass: {', '.join(missing)} are not")
     rows = torch.cat([values for _, values in seen], 1)
     return rows, tuple((name, values.shape[1]) for name, values in seen)
-
-
-def _rows(name: str, values: Tensor, length: int, mask: Tensor | None) -> Tensor:
-    """A row a sample, or a row a token where there is a mask: ``[rows, units]``."""
-    if mask is None:
-        if values.dim() == 0 or len(values) != length:
-            raise ValueError(f"layer {name!r} must give a row for each of {length} samples, got {tuple(values.shape)}")
-        return values.reshape(length, -1)
-    if tuple(values.shape[:2]) != tuple(mask.shape) and len(values) != mask.numel():
-        raise ValueError(
-            f"layer {name!r} must give a row for each of {tuple(mask.shape)} tokens, got {tuple(values.shape)}"
-        )
-    return values.reshape(mask.numel(), -1)[mask.flatten().to(values.device)]
 
 
 def _derivative(module: nn.Module, u: Tensor) -> Tensor:
@@ -303,52 +288,6 @@ def _flat(pairs: Sequence[Any]) -> list[str]:
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"layers must be pairs of names (gate, value) for kind 'gate', got {list(pairs)}")
     return [name for pair in pairs for name in pair]
-
-
-def _batches(x: Any, batch_size: int, where: Where | None) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches, and for tokens which of them are wanted."""
-    if isinstance(x, Tensor | Mapping):
-        length = _length(x)
-        if isinstance(where, Tensor) and len(where) != length:
-            raise ValueError(f"where must have a row for each of {length} samples, got shape {tuple(where.shape)}")
-        for start in range(0, length, batch_size):
-            part = slice(start, start + batch_size)
-            batch = {k: v[part] for k, v in x.items()} if isinstance(x, Mapping) else x[part]
-            yield batch, _mask(batch, where[part] if isinstance(where, Tensor) else where)
-        return
-    if isinstance(where, Tensor):
-        raise ValueError("where must be a callable of a batch, or None, where x is an iterable of batches")
-    for batch in x:
-        if not isinstance(batch, Tensor | Mapping):
-            raise ValueError(f"x must give batches that are tensors or mappings of tensors, got {type(batch).__name__}")
-        yield batch, _mask(batch, where)
-
-
-def _mask(batch: Batch, where: Where | None) -> Tensor | None:
-    values = list(batch.values()) if isinstance(batch, Mapping) else [batch]
-    if where is not None:
-        mask = where if isinstance(where, Tensor) else where(batch)
-        shape = tuple(values[0].shape[:2])
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            raise ValueError(f"where must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
-        return mask
-    if isinstance(batch, Mapping) and "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    ids = [value for value in values if value.dim() == 2 and not value.is_floating_point()]
-    return torch.ones(ids[0].shape, dtype=torch.bool) if ids else None
-
-
-def _length(batch: Batch) -> int:
-    lengths = {len(value) for value in batch.values()} if isinstance(batch, Mapping) else {len(batch)}
-    if len(lengths) != 1:
-        raise ValueError(f"x must have tensors of one length, got {sorted(lengths)}")
-    return lengths.pop()
-
-
-def _to(batch: Batch, device: torch.device | None) -> Batch:
-    if device is None:
-        return batch
-    return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
 
 
 class _Memory:

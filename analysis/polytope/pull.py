@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.analysis.polytope.codes import Batch, Where, _batches, _length, _rows, _to
+from sparsekern.analysis.polytope.batches import Batch, Where, batches, length_of, moved, rows_of
 from sparsekern.analysis.polytope.watch import sites, watching
 from sparsekern.analysis.results import Result, Results, null_generator, samples
 from sparsekern.hooks import evaluating, rewritten
@@ -155,8 +155,8 @@ class _Pull:
         total = unit_total = torch.zeros(())
         near, count = 0.0, 0
         with evaluating(self.net), torch.enable_grad():
-            for batch, mask in _batches(self.x, self.batch_size, self.where):
-                pre, h = self._run(_to(batch, device), mask)
+            for batch, mask in batches(self.x, self.batch_size, self.where):
+                pre, h = self._run(moved(batch, device), mask)
                 widths[:] = [some.shape[1] for some in pre]
                 u = torch.cat(pre, 1)
                 if u.shape[1] != components.shape[1]:
@@ -179,13 +179,13 @@ class _Pull:
     def _run(self, batch: Batch, mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Pre-activations of each layer ``[rows, units]``, and what they are differentiated by."""
         seen: list[Tensor] = []
-        length = _length(batch)
+        length = length_of(batch)
         held: list[Tensor] = []
 
         def see(name: str, site: Any, u: Tensor) -> None:
             if site.at == "pool":
                 raise ValueError(f"layers must not name max pools, whose units have no pre-activation: {name!r}")
-            seen.append(_rows(name, u, length, mask))
+            seen.append(rows_of(name, u, length, mask))
 
         def added(_: Tensor | None, output: Tensor) -> Tensor:
             held.append(torch.zeros_like(output, requires_grad=True))
@@ -213,7 +213,7 @@ class _Pull:
             (found,) = torch.autograd.grad((u @ weights).sum(), h, retain_graph=True, allow_unused=True)
         if found is None:
             raise ValueError(f"layers must depend on the output of {self.at!r}: they come before it")
-        return _rows(str(self.at), found, len(h), mask)
+        return rows_of(str(self.at), found, len(h), mask)
 
 
 def _permuted(components: Tensor, widths: list[int], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.analysis.polytope.codes import Where, polytope_codes
+from sparsekern.analysis.polytope.batches import Where
+from sparsekern.analysis.polytope.codes import polytope_codes
 from sparsekern.analysis.results import Result, Results, null_generator, samples
 
 _BLOCK = 2**22  # entries of a layer that are unpacked at a time

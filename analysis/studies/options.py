@@ -145,6 +145,27 @@ class CompletenessOptions(SAEsOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PolytopeOptions(SAEsOptions):
+    """Options of ``sparsekern study polytope``."""
+
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
+    seeds: int = option(2, "SAEs of each width; they differ in their first weights only", at_least=2)
+    rank: int = option(16, "components that codes are decomposed into", at_least=2)
+    related: int = option(4096, "tokens on which codes are held against latents, at most", unit="tokens", at_least=64)
+    clustered: int = option(2000, "tokens that are clustered, at most", unit="tokens", at_least=16)
+    segments: int = option(100, "on which boundaries are looked for, of each measure", at_least=2)
+    pulled: int = option(8, "contexts through which components are pulled back", at_least=1)
+
+    def resolved(self, width: int, output: Path) -> PolytopeOptions:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        widths = sorted(set(self.latents or (8 * width,)))
+        options = dataclasses.replace(super().resolved(width, output), latents=widths)
+        if not options.quick:
+            return options
+        return dataclasses.replace(options, rank=4, related=256, clustered=100, segments=8, pulled=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyOptions(Options):
     """Options of ``sparsekern study toy``."""
 
