@@ -288,6 +288,8 @@ def word_points(
     words: Sequence[str],
     module: str | None = None,
     templates: Sequence[str] = ("{}",),
+    *,
+    last: bool = False,
 ) -> Tensor:
     """A model's vectors of words in contexts.
 
@@ -303,11 +305,13 @@ def word_points(
         Whose output; by default the input embeddings, which are the same in every context.
     templates : sequence of str
         Contexts with ``{}`` in the place of the word, once each.
+    last : bool
+        Take the last of the tokens that a word is made of, the only one that has seen them all in a causal model;
+        otherwise their mean.
 
     Returns
     -------
     Tensor [n_words, n_templates, d]
-        Means over the tokens that a word is made of.
 
     Raises
     ------
@@ -338,7 +342,8 @@ def word_points(
                 if not outputs or outputs[-1].dim() != 3 or outputs[-1].shape[1] != len(here):
                     shape = tuple(outputs[-1].shape) if outputs else "nothing"
                     raise ValueError(f"module {name!r} must give [batch, positions, d], got {shape}")
-                found.append(outputs[-1][0][here.to(device)].float().mean(0).cpu())
+                vectors = outputs[-1][0][here.to(device)].float().cpu()
+                found.append(vectors[-1] if last else vectors.mean(0))
     return torch.stack(found).view(len(words), len(templates), -1)
 
 

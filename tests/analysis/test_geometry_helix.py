@@ -197,6 +197,8 @@ def test_words_are_means_over_their_tokens():
     # in the second context tokens are "->", " a", "bc", "d", which the word "abcd" overlaps from the second on
     assert found[0, 0, 0] == (ord("a") + 1 + ord("c") + 2) / 2
     assert found[0, 1, 0] == pytest.approx((ord(" ") + 2 + ord("b") + 3 + ord("d") + 4) / 3)
+    last = word_points(TOKENIZER, MODEL, ["abcd"], "block", ["{}", "-> {}"], last=True)
+    assert last[0, :, 0].tolist() == [ord("c") + 2, ord("d") + 4]
     assert MODEL.training
     assert not MODEL.block._forward_hooks
 
