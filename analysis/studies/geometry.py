@@ -384,7 +384,7 @@ def _words(work: _Study) -> list[str]:
         "**Circles.** In their order, points on a circle have most of their power at the *lowest frequency*, one turn "
         "over all; but so has an open curve. *Closure* tells them apart: the distance of the last point from the first "
         "over that of neighbours, near 1 where the curve comes back (its p says whether it is *more open* than the "
-        "order permuted). *R², left out* predicts each word from a circle and a line fitted to the others.",
+        "order permuted). *R², left out* predicts each word from a circle fitted to the others, beside a line.",
     )
     rows, record, findings, closed = [], {}, [], []
     for at in seen:
@@ -394,7 +394,13 @@ def _words(work: _Study) -> list[str]:
             power = fourier_power(points.mean(1), n_null=10 * options.n_null, seed=options.seed)
             numbers = torch.arange(float(n)).repeat_interleave(points.shape[1])
             fit = helix_fit(
-                points.flatten(0, 1), numbers, (float(n),), n_folds=n, n_null=options.n_null, seed=options.seed
+                points.flatten(0, 1),
+                numbers,
+                (float(n),),
+                linear=False,
+                n_folds=n,
+                n_null=options.n_null,
+                seed=options.seed,
             )
             lowest, closure, r2 = power.results["lowest"], power.results["closure"], fit.results["helix"]
             line = float(r2.controls["line"])
@@ -421,8 +427,8 @@ def _words(work: _Study) -> list[str]:
     )
     findings.append(
         f"**Days and months.** Words whose order comes back to its start at {seen[-1].place} (power at the lowest "
-        "frequency with p ≤ 0.05, not open, and words left out better predicted by a circle and a line than by a line "
-        f"or their mean): {', '.join(closed) or 'none'}, of {', '.join(_SERIES)}."
+        "frequency with p ≤ 0.05, not open, and words left out better predicted by a circle than by a line or their "
+        f"mean): {', '.join(closed) or 'none'}, of {', '.join(_SERIES)}."
     )
     findings += _helices(work, seen, record)
     page.record(words=record)
