@@ -418,7 +418,8 @@ def _words(work: _Study) -> list[str]:
                 ]
             )
             record[f"{at.place}: {name}"] = power.results | {"circle": r2}
-            if lowest.p <= 0.05 and closure.p > 0.05 and r2.value > max(line, 0) and at is seen[-1]:
+            told = r2.value > line and r2.p_values()["numbers permuted"] <= 0.05
+            if lowest.p <= 0.05 and closure.p > 0.05 and told and at is seen[-1]:
                 closed.append(name)
     header = ["place", "words", "lowest frequency [order permuted]", "p", "closure", "p of being open"]
     page.table([*header, "R², left out [permuted]", "a line's", "p"], rows)
@@ -427,8 +428,8 @@ def _words(work: _Study) -> list[str]:
     )
     findings.append(
         f"**Days and months.** Words whose order comes back to its start at {seen[-1].place} (power at the lowest "
-        "frequency with p ≤ 0.05, not open, and words left out better predicted by a circle than by a line or their "
-        f"mean): {', '.join(closed) or 'none'}, of {', '.join(_SERIES)}."
+        "frequency with p ≤ 0.05, not open, and words left out better predicted by a circle than by a line and "
+        f"than in another order): {', '.join(closed) or 'none'}, of {', '.join(_SERIES)}."
     )
     findings += _helices(work, seen, record)
     page.record(words=record)
