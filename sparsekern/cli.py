@@ -28,6 +28,7 @@ import sparsekern as sk
 from sparsekern.analysis.studies.options import (
     CanonicalOptions,
     CompletenessOptions,
+    GeometryOptions,
     MoeOptions,
     OpposingOptions,
     PolytopeOptions,
@@ -525,6 +526,11 @@ _study_of_activations(
     "opposing",
     OpposingOptions,
     "Which latents oppose each other, whether they are the dense ones, and what signed latents make of them.",
+)
+_study_of_activations(
+    "geometry",
+    GeometryOptions,
+    "How many dimensions codes fill; circles, numbers, implications, hierarchies; one space or many.",
 )
 _study_of_activations(
     "polytope",

@@ -87,6 +87,7 @@ def helix_fit(
     numbers: Tensor,
     periods: Sequence[float] = PERIODS,
     *,
+    linear: bool = True,
     n_components: int = 100,
     n_folds: int = 10,
     n_null: int = 50,
@@ -105,6 +106,8 @@ def helix_fit(
         May repeat, as with several contexts.
     periods : sequence of float
         Of the helix, above 0.
+    linear : bool
+        Whether it has the line; without it these are circles, which come back.
     n_components : int
         Principal components, of those that there are.
     n_folds : int
@@ -119,8 +122,8 @@ def helix_fit(
     -------
     HelixFit
         With controls of the same folds: a line, a polynomial of degree 9 and one of as many columns as the helix, the
-        same periods without the line ("circles"), and the points themselves projected on as many principal components
-        less one, which is the most that so many directions hold.
+        same periods without the line ("circles", where there is one), and the points themselves projected on as many
+        principal components less one, which is the most that so many directions hold.
 
     Raises
     ------
@@ -144,7 +147,7 @@ def helix_fit(
     generator = null_generator(seed)
     folds = torch.randperm(len(kinds), generator=generator).chunk(min(n_folds, len(kinds)))
     parts = [_Fold(y, torch.isin(of_point, fold), n_components) for fold in folds]
-    helix = helix_columns(a, periods)
+    helix = helix_columns(a, periods, linear)
     width = helix.shape[1]
 
     def r2(columns: Tensor) -> float:
@@ -161,8 +164,8 @@ def helix_fit(
     # Numbers are permuted by kind: the points of a number stay together.
     orders = [torch.randperm(len(kinds), generator=generator) for _ in range(n_null)]
     permuted = [kinds[order][of_point] for order in orders]
-    wrong = samples(r2(helix_columns(a, drawn)) for drawn in others)
-    shuffled = [r2(helix_columns(numbers_, periods)) for numbers_ in permuted]
+    wrong = samples(r2(helix_columns(a, drawn, linear)) for drawn in others)
+    shuffled = [r2(helix_columns(numbers_, periods, linear)) for numbers_ in permuted]
     shuffled_gain = samples(
         one - r2(_polynomial(numbers_, width - 1)) for one, numbers_ in zip(shuffled, permuted, strict=True)
     )
@@ -170,16 +173,17 @@ def helix_fit(
         "line": r2(_polynomial(a, 1)),
         "polynomial of degree 9": r2(_polynomial(a, 9)),
         f"polynomial of degree {width - 1}": same_width,
-        "circles, without the line": r2(helix_columns(a, periods, linear=False)),
+        **({"circles, without the line": r2(helix_columns(a, periods, linear=False))} if linear else {}),
         f"projection on {width - 1} principal components": held(width - 1),
     }
+    kind = "helix" if linear else "circles"
     nulls = {"numbers permuted": samples(shuffled), "other periods": wrong}
     gains = {"numbers permuted": shuffled_gain, "other periods": wrong - same_width}
     results = {
         "helix": Result(
-            "R² of the helix, numbers left out", value, nulls, {name: samples([r]) for name, r in controls.items()}
+            f"R² of the {kind}, numbers left out", value, nulls, {name: samples([r]) for name, r in controls.items()}
         ),
-        "gain": Result("R² of the helix less that of a polynomial of as many columns", value - same_width, gains),
+        "gain": Result(f"R² of the {kind} less that of a polynomial of as many columns", value - same_width, gains),
     }
     fit = torch.linalg.lstsq(helix, y - y.mean(0), driver="gelsd").solution
     left = (y - y.mean(0) - helix @ fit).square().sum()
@@ -288,6 +292,8 @@ def word_points(
     words: Sequence[str],
     module: str | None = None,
     templates: Sequence[str] = ("{}",),
+    *,
+    last: bool = False,
 ) -> Tensor:
     """A model's vectors of words in contexts.
 
@@ -303,11 +309,13 @@ def word_points(
         Whose output; by default the input embeddings, which are the same in every context.
     templates : sequence of str
         Contexts with ``{}`` in the place of the word, once each.
+    last : bool
+        Take the last of the tokens that a word is made of, the only one that has seen them all in a causal model;
+        otherwise their mean.
 
     Returns
     -------
     Tensor [n_words, n_templates, d]
-        Means over the tokens that a word is made of.
 
     Raises
     ------
@@ -338,7 +346,8 @@ def word_points(
                 if not outputs or outputs[-1].dim() != 3 or outputs[-1].shape[1] != len(here):
                     shape = tuple(outputs[-1].shape) if outputs else "nothing"
                     raise ValueError(f"module {name!r} must give [batch, positions, d], got {shape}")
-                found.append(outputs[-1][0][here.to(device)].float().mean(0).cpu())
+                vectors = outputs[-1][0][here.to(device)].float().cpu()
+                found.append(vectors[-1] if last else vectors.mean(0))
     return torch.stack(found).view(len(words), len(templates), -1)
 
 

@@ -72,7 +72,8 @@ class OneSpaceOrMany(Results):
         size = float(self.phi.nan_to_num(0).abs().max()) or 1.0
         image = left.imshow(self.phi.numpy(), cmap="RdBu_r", vmin=-size, vmax=size)
         figure.colorbar(image, ax=left, shrink=0.8)
-        left.set(xlabel="lobe", ylabel="lobe", title="mean φ")
+        labels = range(len(self.phi))
+        left.set(xlabel="lobe", ylabel="lobe", title="mean φ", xticks=labels, yticks=labels)
         columns = (1, 2) if self.embedding.shape[1] > 2 else (0, 1)
         x, y = (self.embedding[:, column].tolist() for column in columns)
         right.scatter(x, y, s=3, c=self.lobe.tolist(), cmap="tab10")

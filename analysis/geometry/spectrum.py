@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, cast
 
 import numpy as np
@@ -117,13 +118,14 @@ class AblationCurve(Results):
         axes = new_axes() if axes is None else axes
         rows = list(self.results.values())
         for color, group in (("0.6", "nulls"), ("C1", "controls")):
-            for name in getattr(rows[0], group):
+            for style, name in zip(cycle("-:"), getattr(rows[0], group)):
                 lines = torch.stack([getattr(row, group)[name] for row in rows])
-                axes.plot(self.qs, lines.numpy(), color=color, lw=1, label=[name, *[None] * (lines.shape[1] - 1)])
+                labels = [name, *[None] * (lines.shape[1] - 1)]
+                axes.plot(self.qs, lines.numpy(), color=color, ls=style, lw=1, label=labels)
         axes.plot(self.qs, self.values.tolist(), "o-", color="C0", ms=4, label="principal components of the codes")
         axes.axhline(self.full, color="C0", ls="--", lw=1)
         axes.set(xlabel="dimensions kept", ylabel=rows[0].name.split(", ")[0], xscale="log")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
         return axes
 
 

@@ -145,6 +145,23 @@ class CompletenessOptions(SAEsOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GeometryOptions(SAEsOptions):
+    """Options of ``sparsekern study geometry``."""
+
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
+    seeds: int = option(2, "SAEs of each width; they differ in their first weights only", at_least=1)
+    n_null: int = option(19, "samples of each null", at_least=1)
+    lobes: int = option(3, "that latents are put into, and as many clusters of the decoder's rows", at_least=2)
+
+    def resolved(self, width: int, output: Path) -> GeometryOptions:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        options = dataclasses.replace(super().resolved(width, output), latents=self.latents or [8 * width])
+        if not self.quick:
+            return options
+        return dataclasses.replace(options, latents=[4 * width], seeds=min(self.seeds, 2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PolytopeOptions(SAEsOptions):
     """Options of ``sparsekern study polytope``."""
 

@@ -51,6 +51,11 @@ class Page:
         """Markdown."""
         self._parts += paragraphs
 
+    def short(self, findings: Sequence[str]) -> None:
+        """What was found, in a list before the first section."""
+        first = next(i for i, part in enumerate(self._parts) if part.startswith("## "))
+        self._parts[first:first] = ["## In short", "\n".join(f"- {finding}" for finding in findings)]
+
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table of cells that are written as they should be read."""
         lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern.analysis.studies.options import SAEsOptions
-from sparsekern.analysis.studies.page import source_of
+from sparsekern.analysis.studies.page import source_of, token_text
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore
 from sparsekern.files import write_json
@@ -53,10 +53,19 @@ class Trained:
 
     def words(self, store: ActivationStore, held_out: HeldOut, latent: int, count: int = 3) -> str:
         """The words of the tokens on which a latent is most active, for a cell of a table."""
+        found = self.strongest(store, held_out, latent)[:count]
+        shown = ((word.replace("|", "¦").replace("`", "ˋ"), n) for word, n in found)
+        return ", ".join(f"`{word}` ×{n}" for word, n in shown) or "–"
+
+    def strongest(self, store: ActivationStore, held_out: HeldOut, latent: int) -> list[tuple[str, int]]:
+        """These words with how often they are among the strongest tokens, the commonest first."""
         tokens, slots = ((self.codes.indices == latent) & (self.codes.values > 0)).nonzero(as_tuple=True)
         strongest = tokens[self.codes.values[tokens, slots].argsort(descending=True, stable=True)[:_STRONGEST]]
-        words = [store.word_text(row).replace("|", "¦").replace("`", "ˋ") for row in held_out.rows[strongest].tolist()]
-        return ", ".join(f"`{word}` ×{n}" for word, n in Counter(words).most_common(count)) or "–"
+        rows = held_out.rows[strongest].tolist()
+        # A token of spaces is no part of a word: it stands for itself.
+        return Counter(
+            store.word_text(row) or token_text(store, int(store.token_ids[row])) for row in rows
+        ).most_common()
 
 
 @dataclass(frozen=True, eq=False)
