@@ -30,6 +30,7 @@ from sparsekern.analysis.studies.options import (
     CompletenessOptions,
     MoeOptions,
     OpposingOptions,
+    PlateausOptions,
     SplittingOptions,
     ToyOptions,
 )
@@ -524,6 +525,11 @@ _study_of_activations(
     "opposing",
     OpposingOptions,
     "Which latents oppose each other, whether they are the dense ones, and what signed latents make of them.",
+)
+_study_of_activations(
+    "plateaus",
+    PlateausOptions,
+    "How far an activation can be moved before the model's output notices, in which directions, and from where.",
 )
 
 

@@ -145,6 +145,26 @@ class CompletenessOptions(SAEsOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlateausOptions(SAEsOptions):
+    """Options of ``sparsekern study plateaus``."""
+
+    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
+    seeds: int = option(2, "SAEs of each width, each measured on tokens of its own seed", at_least=2)
+    lower: int = option(1, "SAEs of a quarter of k, at most one for each seed", at_least=0)
+    moved: int = option(128, "tokens at which an activation is moved, for each SAE", unit="tokens", at_least=2)
+    context_length: int = option(32, "tokens of a context that is run again and again", unit="tokens", at_least=2)
+    n_null: int = option(19, "perturbations of each kind as long as an SAE's error", at_least=1)
+
+    def resolved(self, width: int, output: Path) -> PlateausOptions:
+        """These options with what is unset, and what `quick` stands for, on activations of that width."""
+        options = super().resolved(width, output)
+        latents = sorted(set(self.latents or [8 * width]))
+        if not self.quick:
+            return dataclasses.replace(options, latents=latents)
+        return dataclasses.replace(options, latents=[4 * width], moved=min(self.moved, 4))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyOptions(Options):
     """Options of ``sparsekern study toy``."""
 
