@@ -218,8 +218,10 @@ def _measure(
         errors[measure] = sae_error_kl(
             model, hook, one.sae, contexts, nulls=_NULLS, n_null=options.n_null, measure=measure, **common
         )
-    k = max(1, options.k // 4) if is_lower else options.k
-    return _Measured(f"{one.sae.d_sae:,} latents, k = {k}, seed {one.seed}", one, curves, errors)
+    assert options.latents is not None
+    width = f"{one.sae.d_sae:,} latents, " if len(options.latents) > 1 else ""
+    k = f", k = {max(1, options.k // 4)}" if is_lower else ""
+    return _Measured(f"{width}seed {one.seed}{k}", one, curves, errors)
 
 
 def _claims(measure: str, looked: Sequence[_Measured], lowered: Sequence[_Measured]) -> list[_Claim]:
@@ -392,8 +394,8 @@ def _start(
 that it really has there should be a **plateau**, left soonest in the directions that mean something to it. Here one
 activation at one token becomes x + α ℓ v: x is the **base**, v a unit **direction**, ℓ the root mean square distance of
 the activations from their mean, and the response of the model is measured while α grows from 0 to 2.""",
-        trained.setting(store, options),
-        f"""- Moved: {options.moved} tokens for each SAE, of as many contexts as there are, one at a time; other ones
+        f"""{trained.setting(store, options)}
+- Moved: {options.moved} tokens for each SAE, of as many contexts as there are, one at a time; other ones
   for another seed. Contexts: {len(contexts):,} held-out ones, {cut}; {usable:,} tokens in all, which also give mean,
   covariance and ℓ.
 - {_response(harvested)}
@@ -437,13 +439,16 @@ def _short(page: Page, measure: str, looked: Sequence[_Measured], claims: Sequen
         f"Flat for longer than a {shape}: {_of(flat, len(looked))}; steeper than one afterwards: "
         f"{_of(steep, len(looked))}."
     ]
-    for verdict, what in (("yes", "Holds with every SAE"), ("opposite", "The opposite with every SAE")):
+    for verdict, what in (
+        ("yes", "Expected, and found with every SAE"),
+        ("opposite", "Expected, and the opposite found with every SAE"),
+    ):
         kept = [claim.text for claim in claims if set(claim.verdicts) == {verdict}]
         if kept:
             lines.append(f"**{what}.** {_sentence('; '.join(kept))}")
     mixed = [f"{claim.text} ({claim.holds})" for claim in claims if _mixed(claim.verdicts)]
     if mixed:
-        lines.append(f"**Not clear, or not seen.** {_sentence('; '.join(mixed))}")
+        lines.append(f"**Expected, and not clear here.** {_sentence('; '.join(mixed))}")
     page.text("\n".join(f"- {line}" for line in lines))
 
 
@@ -641,7 +646,8 @@ is the share of the {options.n_null} that disturb as much or more in the mean ov
         header = ["SAE", "mean ‖x̂ − x‖", "mean response", *(f"over {_words(null)}" for null in _NULLS)]
         page.table(header, rows)
     result = looked[0].errors[measures[0]].results["kl"]
-    page.text(f"{looked[0].name}: {sentence(result)}")
+    result = dataclasses.replace(result, nulls={_words(null): samples for null, samples in result.nulls.items()})
+    page.text(f"{_sentence(looked[0].name)} {sentence(result)}")
     axes = result.plot()
     page.picture("error", axes, f"Mean response to x̂ in the place of x, and to what is as long, {looked[0].name}")
     page.record(
@@ -742,7 +748,7 @@ def _end(page: Page, harvested: Harvested, lowered: Sequence[_Measured]) -> None
         "A width is not a plateau. Any smooth model has one of some size; only beside a line or a square, and beside "
         "other bases, does it say something.",
         "How few layers lie behind the moved one matters: there may be too few of them here to correct anything. The "
-        "published plateaus are those of larger models, moved near their first layer.",
+        "published plateaus are those of larger models, with more layers behind the moved one.",
         "The tokens of one model are the sample. Intervals say how the same model does on other tokens, with this SAE, "
         "and not what another model does. SAEs of other seeds share the model.",
         "One token is moved at a time, and read at that token. What its change does to later tokens, and what happens "
@@ -790,7 +796,9 @@ _NAMES = {
 def _number(number: float) -> str:
     if number != number:
         return "–"
-    return f"{number:.3f}" if abs(number) < 1 else f"{number:.3g}"
+    size = abs(number)
+    form = ".3g" if size >= 10 else ".2f" if size >= 1 else ".3f" if size >= 0.01 or size == 0 else ".2g"
+    return format(number, form).replace("-", "−")
 
 
 def _list(numbers: Iterable[float]) -> str:

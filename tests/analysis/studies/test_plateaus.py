@@ -67,7 +67,7 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(kind, tmp_path):
         assert len(claims) == (13 if causal else 11)
     if causal:
         assert (out / "saes-k1" / "64-seed0" / "sae").is_dir()
-        one = record["expected"]["kl"][0]["found"]["64 latents, k = 4, seed 1"]
+        one = record["expected"]["kl"][0]["found"]["seed 1"]
         assert one["low"] <= one["value"] <= one["high"]
 
 
@@ -102,7 +102,7 @@ def test_what_holds_follows_from_the_intervals():
     assert holds(1, both, nothing) == "not seen"
     assert holds(0, both, below) == "**yes**, in all"
     assert holds(0, above) == "no, the opposite"
-    assert (above.cell, nothing.cell) == ("1.5 (1.2 … 1.8)", "–")
+    assert (above.cell, nothing.cell) == ("1.50 (1.20 … 1.80)", "–")
 
 
 def test_activations_without_a_model_are_refused(tmp_path):
