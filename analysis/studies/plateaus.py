@@ -484,9 +484,11 @@ def _curves(page: Page, measures: Sequence[str], looked: Sequence[_Measured]) ->
             for direction in directions:
                 kept = found.values[0, found.directions.index(direction)]
                 _draw(axes, found, kept, _words(direction), f"C{list(DIRECTIONS).index(direction)}")
-            axes.set(xlabel="α, in lengths ℓ of the activations", ylim=(0, None))
+            axes.set_xlabel("α, in lengths ℓ of the activations")
             axes.legend(frameon=False, fontsize=8)
-        panels[1].set_ylim(panels[0].get_ylim())
+        top = max(axes.get_ylim()[1] for axes in panels)
+        for axes in panels:
+            axes.set_ylim(0, top)
         panels[0].set_ylabel(_MEASURES[measure])
         page.picture(
             f"curves-{measure}",
