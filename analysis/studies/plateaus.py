@@ -291,6 +291,22 @@ def _claims(measure: str, looked: Sequence[_Measured], lowered: Sequence[_Measur
             onsets("real_difference", "cov_mixture"),
         ),
         _Claim(
+            "real differences act sooner than covariance differences",
+            "asked here: both take x away",
+            onset,
+            0,
+            -1,
+            onsets("real_difference", "cov_difference"),
+        ),
+        _Claim(
+            "real mixtures act sooner than covariance mixtures",
+            "asked here: neither knows x",
+            onset,
+            0,
+            -1,
+            onsets("real_mixture", "cov_mixture"),
+        ),
+        _Claim(
             "active latents act sooner than covariance mixtures",
             "asked here",
             onset,

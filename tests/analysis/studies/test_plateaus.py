@@ -64,7 +64,7 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(kind, tmp_path):
     assert all(len(found[measure]) == 6 * 4 * 8 for found in record["curves"].values() for measure in measures)
     assert ("lower" in record) == ("lower.png" in shown) == causal
     for claims in record["expected"].values():
-        assert len(claims) == (13 if causal else 11)
+        assert len(claims) == (15 if causal else 13)
     if causal:
         assert (out / "saes-k1" / "64-seed0" / "sae").is_dir()
         one = record["expected"]["kl"][0]["found"]["seed 1"]
