@@ -31,6 +31,7 @@ from sparsekern.analysis.studies.options import (
     GeometryOptions,
     MoeOptions,
     OpposingOptions,
+    PlateausOptions,
     PolytopeOptions,
     SplittingOptions,
     ToyOptions,
@@ -536,6 +537,11 @@ _study_of_activations(
     "polytope",
     PolytopeOptions,
     "Which linear piece of a network a token is in, where the pieces meet, and what latents have to do with them.",
+)
+_study_of_activations(
+    "plateaus",
+    PlateausOptions,
+    "How far an activation can be moved before the model's output notices, in which directions, and from where.",
 )
 
 

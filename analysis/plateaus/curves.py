@@ -350,13 +350,18 @@ def _difference(of: _Measured | Plateaus, metric: str, one: Pair, other: Pair, s
     apart = _metric(of, metric, one) - _metric(of, metric, other)
     if apart.dim() == 2:  # over the directions that both have
         apart = apart.nanmean(0)
+    return paired(f"{metric}: {names[0]} − {names[1]}", apart, seed)
+
+
+def paired(name: str, apart: Tensor, seed: int) -> Difference:
+    """Mean of differences at the same tokens ``[n]``, NaN where there is none, with its interval and its null."""
     apart = apart[apart.isfinite()]
     generator = null_generator(seed)
     signs = torch.randint(2, (_DRAWS, len(apart)), generator=generator) * 2 - 1
     null = {"labels swapped within tokens": (signs * apart).mean(1) if len(apart) else apart}
     value = float(apart.mean()) if len(apart) else float("nan")
     low, high = interval(bootstrap_means(apart[:, None], seed)).flatten().tolist()
-    return Difference(Result(f"{metric}: {names[0]} − {names[1]}", value, null, tail="two-sided"), low, high)
+    return Difference(Result(name, value, null, tail="two-sided"), low, high)
 
 
 def bootstrap_means(numbers: Tensor, seed: int) -> Tensor:

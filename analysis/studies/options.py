@@ -145,28 +145,33 @@ class CompletenessOptions(SAEsOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeometryOptions(SAEsOptions):
-    """Options of ``sparsekern study geometry``."""
+class ModelOptions(SAEsOptions):
+    """What the studies of a store's model share: SAEs of one width, from two seeds."""
 
     latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
     seeds: int = option(2, "SAEs of each width; they differ in their first weights only", at_least=1)
-    n_null: int = option(19, "samples of each null", at_least=1)
-    lobes: int = option(3, "that latents are put into, and as many clusters of the decoder's rows", at_least=2)
 
-    def resolved(self, width: int, output: Path) -> GeometryOptions:
+    def resolved(self: Modelled, width: int, output: Path) -> Modelled:
         """These options with what is unset, and what `quick` stands for, on activations of that width."""
-        options = dataclasses.replace(super().resolved(width, output), latents=self.latents or [8 * width])
-        if not self.quick:
-            return options
-        return dataclasses.replace(options, latents=[4 * width], seeds=min(self.seeds, 2))
+        widths = [4 * width] if self.quick else sorted(set(self.latents or [8 * width]))
+        return dataclasses.replace(super().resolved(width, output), latents=widths)
+
+
+Modelled = TypeVar("Modelled", bound=ModelOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolytopeOptions(SAEsOptions):
+class GeometryOptions(ModelOptions):
+    """Options of ``sparsekern study geometry``."""
+
+    n_null: int = option(19, "samples of each null", at_least=1)
+    lobes: int = option(3, "that latents are put into, and as many clusters of the decoder's rows", at_least=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolytopeOptions(ModelOptions):
     """Options of ``sparsekern study polytope``."""
 
-    latents: list[int] | None = option(None, "of an SAE; repeat for each; by default 8 times the width")
-    seeds: int = option(2, "SAEs of each width; they differ in their first weights only", at_least=2)
     rank: int = option(16, "components that codes are decomposed into", at_least=2)
     related: int = option(4096, "tokens on which codes are held against latents, at most", unit="tokens", at_least=64)
     clustered: int = option(2000, "tokens that are clustered, at most", unit="tokens", at_least=16)
@@ -174,12 +179,26 @@ class PolytopeOptions(SAEsOptions):
     pulled: int = option(8, "contexts through which components are pulled back", at_least=1)
 
     def resolved(self, width: int, output: Path) -> PolytopeOptions:
-        """These options with what is unset, and what `quick` stands for, on activations of that width."""
-        widths = sorted(set(self.latents or (8 * width,)))
-        options = dataclasses.replace(super().resolved(width, output), latents=widths)
+        """As :meth:`ModelOptions.resolved`."""
+        options = super().resolved(width, output)
         if not options.quick:
             return options
         return dataclasses.replace(options, rank=4, related=256, clustered=100, segments=8, pulled=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlateausOptions(ModelOptions):
+    """Options of ``sparsekern study plateaus``."""
+
+    lower: int = option(1, "SAEs of a quarter of k, at most one for each seed", at_least=0)
+    moved: int = option(128, "tokens at which an activation is moved, for each SAE", unit="tokens", at_least=2)
+    context_length: int = option(32, "tokens of a context that is run again and again", unit="tokens", at_least=2)
+    n_null: int = option(19, "perturbations of each kind as long as an SAE's error", at_least=1)
+
+    def resolved(self, width: int, output: Path) -> PlateausOptions:
+        """As :meth:`ModelOptions.resolved`."""
+        options = super().resolved(width, output)
+        return dataclasses.replace(options, moved=min(self.moved, 4)) if options.quick else options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
