@@ -86,16 +86,16 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             return
-    owners = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    # ast.walk goes breadth first; the module itself has no line and comes first.
-    for node in sorted(owners, key=lambda node: getattr(node, "lineno", 0)):
-        literal = ast.get_docstring(node, clean=False)
-        if literal is not None:
-            yield inspect.cleandoc(literal)
+    # Statements alone hold what has a docstring, and in source order: expressions, most of the tree, are not visited.
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            literal = ast.get_docstring(node, clean=False)
+            if literal is not None:
+                yield inspect.cleandoc(literal)
+        for name in ("cases", "finalbody", "orelse", "handlers", "body"):
+            nodes += reversed(getattr(node, name, ()))
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:

@@ -256,10 +256,10 @@ def test_a_start_at_the_axes_is_kept():
 
 @pytest.fixture(scope="module")
 def trained():
-    """Five seeds, 400 steps each, of four kinds.
+    """Five seeds, 400 steps each, of four kinds; two seeds of the second, which is the first within the noise.
 
-    Measured (mean, standard deviation over the seeds), two Zen 4 cores, 2026-11-23; tolerances are four standard errors
-    of a mean, and at least five standard deviations of single seeds:
+    Measured over five of each (mean, standard deviation), two Zen 4 cores, 2026-11-23; tolerances are four standard
+    errors of a mean, and at least five standard deviations of single seeds:
 
     ======================  ============  =============  ==================  ============  ============
     kind                    AMI           least load     evenness            FVU           overlap
@@ -279,7 +279,10 @@ def trained():
         "random, none": {"start": "random", "balance": "none"},
     }
     few = {"steps": 400, "n_null": 10, "n_costly": 2}
-    return {name: [train_on_toy(seed, **few, **kind) for seed in range(5)] for name, kind in kinds.items()}
+    seeds = {"none": 2}
+    return {
+        name: [train_on_toy(seed, **few, **kind) for seed in range(seeds.get(name, 5))] for name, kind in kinds.items()
+    }
 
 
 def values(runs, name):

@@ -4,12 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern.data import ActivationStore, StoreWriter, stdlib_docstrings
-
-
-@pytest.fixture(scope="session")
-def docstrings() -> list[str]:
-    return stdlib_docstrings()
+from sparsekern.data import ActivationStore, StoreWriter
 
 
 @pytest.fixture

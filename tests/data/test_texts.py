@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from sparsekern.data import package_docstrings, read_texts
+from sparsekern.data import package_docstrings, read_texts, stdlib_docstrings
 from sparsekern.data.texts import _docstrings_of
 
 
-def test_stdlib_docstrings_are_a_corpus(docstrings):
+def test_stdlib_docstrings_are_a_corpus():
+    docstrings = stdlib_docstrings()
     assert len(docstrings) > 5_000
     assert sum(map(len, docstrings)) > 1_000_000
     assert len(set(docstrings)) == len(docstrings)
@@ -31,6 +32,22 @@ def test_docstrings_come_cleaned_and_in_source_order(tmp_path):
         "A function in a method.",
         "A coroutine.",
     ]
+
+
+def test_docstrings_are_found_in_every_branch(tmp_path):
+    source = tmp_path / "module.py"
+    source.write_text(
+        "if x:\n    def f(): 'one'\n"
+        "elif y:\n    def f(): 'two'\n"
+        "else:\n    def f(): 'three'\n"
+        "try:\n    def f(): 'four'\n"
+        "except A:\n    def f(): 'five'\n"
+        "else:\n    def f(): 'six'\n"
+        "finally:\n    def f(): 'seven'\n"
+        "match x:\n    case 1:\n        def f(): 'eight'\n"
+        "    case _:\n        with y:\n            @g(lambda: 'nothing')\n            class B: 'nine'\n"
+    )
+    assert list(_docstrings_of(source)) == ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def test_source_that_does_not_parse_is_skipped(tmp_path):
