@@ -54,11 +54,12 @@ LARGE = 2**31
 SHAPES: dict[str, Shape] = {
     "W": CASES["W"],
     "E": CASES["E"],
-    "weights": (65536, 4096, 2**22, 64),
+    "weights": (2**15, 4096, 2**22, 64),
     "tokens": (2**20, 4096, 65536, 64),
     "entries": (2**18, 768, 65536, 2048),
 }
-"""B, d, N, k. The last three are large in N·d, in B·d, and in B·k, of which the pieces have 2·B·k·d / 128 elements."""
+"""B, d, N, k. The last three are large in N·d and B·N / 32, in B·d, and in B·k, of which the pieces have
+2·B·k·d / 128 elements."""
 
 Interval = tuple[int, int]
 """The least and the greatest value, both included; None stands for unknown."""
