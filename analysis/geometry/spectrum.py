@@ -125,7 +125,9 @@ class AblationCurve(Results):
         axes.plot(self.qs, self.values.tolist(), "o-", color="C0", ms=4, label="principal components of the codes")
         axes.axhline(self.full, color="C0", ls="--", lw=1)
         axes.set(xlabel="dimensions kept", ylabel=rows[0].name.split(", ")[0], xscale="log")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+        axes.set_xticks(self.qs, [f"{q:,}" for q in self.qs])
+        axes.minorticks_off()
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, borderaxespad=0)
         return axes
 
 
