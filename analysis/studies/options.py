@@ -154,7 +154,8 @@ class ModelOptions(SAEsOptions):
     def resolved(self: Modelled, width: int, output: Path) -> Modelled:
         """These options with what is unset, and what `quick` stands for, on activations of that width."""
         widths = [4 * width] if self.quick else sorted(set(self.latents or [8 * width]))
-        return dataclasses.replace(super().resolved(width, output), latents=widths)
+        seeds = min(self.seeds, 2) if self.quick else self.seeds
+        return dataclasses.replace(super().resolved(width, output), latents=widths, seeds=seeds)
 
 
 Modelled = TypeVar("Modelled", bound=ModelOptions)

@@ -68,7 +68,7 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(kind, hook, tmp_path, 
     assert ("surrogates" in record) != causal
     assert ("Pulled directions" in page) == causal
     assert {len(looks) for looks in record["codes"].values()} == {2}
-    assert set(record["relations"]) == {"128, seed 0", "128, seed 1"}
+    assert set(record["relations"]) == {"64, seed 0", "64, seed 1"}
     controls = {
         entry["against"] for entry in record["relations"]["128, seed 0"]["best_auc"] if entry["kind"] == "control"
     }
