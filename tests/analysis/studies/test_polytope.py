@@ -70,7 +70,7 @@ def test_a_quick_study_writes_a_page_pictures_and_numbers(kind, hook, tmp_path, 
     assert {len(looks) for looks in record["codes"].values()} == {2}
     assert set(record["relations"]) == {"64, seed 0", "64, seed 1"}
     controls = {
-        entry["against"] for entry in record["relations"]["128, seed 0"]["best_auc"] if entry["kind"] == "control"
+        entry["against"] for entry in record["relations"]["64, seed 0"]["best_auc"] if entry["kind"] == "control"
     }
     assert controls == {"untrained", "signs of principal components"} | ({"layers before"} if causal else set())
     assert all(0 <= entry["value"] <= 1 for entry in record["near"] for entry in entry)
