@@ -87,7 +87,7 @@ def plot(records: list[dict[str, Any]]) -> Any:
         axes.plot(end["tokens"] / 1e6, end["held_out"], "*", ms=9, color=f"C{color}")
     axes.plot([], [], "*", ms=9, color="0.4", label="all held-out text, as for the n-grams")
     for order, nats in records[0]["held_out"]["ngrams_nats_per_token"].items():
-        if int(order) > 1:
+        if nats < records[0]["curve"][1]["held_out"]:  # what every model has passed soon is left out
             axes.axhline(nats, color="0.6", lw=0.8, ls="--")
             axes.annotate(f"{order}-grams", (1, nats), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set_xlabel("million tokens of training")
