@@ -306,6 +306,27 @@ def jobs(cases: Sequence[str]) -> list[tuple[Kernel, int]]:
     return list(found)
 
 
+def covering(jobs: Sequence[tuple[Kernel, int]]) -> list[tuple[Kernel, int]]:
+    """Some of `jobs` in which everything occurs that does in all of them, on each architecture.
+
+    That is each dtype and alignment of an argument, constant and option of a kernel, though not each combination: most
+    of what breaks a bound is one of them, and all combinations take minutes.
+    """
+    left: dict[tuple[str, str, int], dict[tuple[Kernel, int], set[Any]]] = {}
+    for kernel, arch in jobs:
+        has = {*enumerate(zip(kernel.types, kernel.aligned, strict=True)), *kernel.constants}
+        has |= {("warps", kernel.num_warps), ("stages", kernel.num_stages)}
+        left.setdefault((kernel.module, kernel.name, arch), {})[kernel, arch] = has
+    chosen = []
+    for variants in left.values():
+        wanted = set().union(*variants.values())
+        while wanted:
+            best = max(variants, key=lambda job: len(variants[job] & wanted))
+            wanted -= variants[best]
+            chosen.append(best)
+    return chosen
+
+
 def _job(job: tuple[Kernel, int]) -> Resources:
     return measure(*job)
 
@@ -335,11 +356,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cases", nargs="+", choices=CASES, default=list(CASES), help="shapes to compile for; default all"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument(
+        "--covering", action="store_true", help="only as many variants as it takes to have every property once"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 keeps Triton from compiling; unset it")
+    chosen = jobs(options.cases)
     with ProcessPoolExecutor(options.jobs) as pool:
-        measured = list(pool.map(_job, jobs(options.cases), chunksize=4))
+        measured = list(pool.map(_job, covering(chosen) if options.covering else chosen, chunksize=4))
     print(table(measured))
     broken = [(one, problem) for one in measured for problem in one.problems()]
     for one, problem in broken:

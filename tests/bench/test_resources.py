@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time for every architecture, within its bounds."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ def report(*arguments):
 
 
 @pytest.mark.slow
-def test_every_kernel_and_configuration_compiles_within_its_bounds():
-    run = report("--cases", "F", "A", "small", "AuxK")  # the others differ by their numbers alone; they take minutes
+def test_every_kernel_compiles_within_its_bounds_with_every_property_that_it_is_given():
+    run = report("--cases", "F", "A", "small", "AuxK", "--covering")  # all variants take minutes
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]]
     assert {row[1] for row in rows} == {"80", "89", "90"}
@@ -29,6 +30,31 @@ def test_every_kernel_and_configuration_compiles_within_its_bounds():
     kernels = {row[0] for row in rows}
     assert {"_screen", "_select", "_rescore", "_repair", "_take", "_decode", "_row_adam", "_mark", "_order"} <= kernels
     assert {"_gate", "_count_slots", "_order_slots"} <= kernels
+
+
+def test_a_covering_has_every_property_of_every_kernel():
+    kernels = [
+        resources.Kernel("m", name, ("*fp32", size), (True, even), (("K", k), ("ON", on)), warps, 2)
+        for name in ("one", "other")
+        for size, even, k, on, warps in itertools.product(("i32", "i64"), (True, False), (1, 2, 3), (0, 1), (4, 8))
+    ]
+    jobs = [(kernel, arch) for kernel in kernels for arch in (80, 90)]
+    chosen = resources.covering(jobs)
+    assert set(chosen) <= set(jobs)
+    assert len(chosen) < len(jobs) / 8
+
+    def properties(some):
+        return {
+            (kernel.name, arch, *one)
+            for kernel, arch in some
+            for one in [
+                *(("argument", i, *both) for i, both in enumerate(zip(kernel.types, kernel.aligned, strict=True))),
+                *kernel.constants,
+                ("warps", kernel.num_warps),
+            ]
+        }
+
+    assert properties(chosen) == properties(jobs)
 
 
 def test_the_interpreter_is_refused():
