@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
+from sparsekern.analysis.nulls import permuted, second_moment_root
 from sparsekern.analysis.results import Result, Results, new_axes, null_generator, plain, samples
 
 try:
@@ -165,9 +166,9 @@ def split_map(D_small: Tensor, D_large: Tensor, cos: float = 0.5, *, n_null: int
     order = order[parent[order].argsort(stable=True)]
     parent, child, cosine = parent[order], child[order], cosine[order]
     generator = null_generator(seed)
-    root = _root(large)
+    root = second_moment_root(large)
     makers: dict[str, Callable[[Tensor], Tensor]] = {
-        "coordinates permuted": lambda rows: rows.gather(1, _order(rows.shape, 1, generator).to(rows.device)),
+        "coordinates permuted": lambda rows: permuted(rows, 1, generator),
         "random dictionary": lambda rows: normalize(
             torch.randn(rows.shape, generator=generator).to(root) @ root, dim=1
         ),
@@ -441,7 +442,7 @@ def factor_directions(
     directions, scores, offset = fit(rows)
     generator = null_generator(seed)
     random = (_random_like(rows, generator) for _ in range(n_null))
-    mixed = (rows.gather(0, _order(rows.shape, 0, generator)) for _ in range(n_null))
+    mixed = (permuted(rows, 0, generator) for _ in range(n_null))
     explained = Result(
         f"share of variance in {r} directions ({method})",
         _explained(rows, directions, scores, offset),
@@ -709,17 +710,6 @@ def _finite_rows(name: str, rows: Tensor) -> Tensor:
 
 def _unit(name: str, rows: Tensor) -> Tensor:
     return normalize(_finite_rows(name, rows).float(), dim=1)
-
-
-def _order(shape: Sequence[int], dim: int, generator: torch.Generator) -> Tensor:
-    """A permutation along `dim` of its own for every place of the others."""
-    return torch.rand(*shape, generator=generator).argsort(dim)
-
-
-def _root(unit: Tensor) -> Tensor:
-    """A square root of the second moment of the rows ``[n, d]``, ``[d, d]``."""
-    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def _edges(tiles: Iterable[Tensor], small: Tensor, cos: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

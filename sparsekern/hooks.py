@@ -75,6 +75,19 @@ def rewritten(model: nn.Module, name: str, function: Callable[[Tensor | None, Te
 
 
 @contextmanager
+def recorded(model: nn.Module, name: str) -> Iterator[list[tuple[Tensor | None, Tensor]]]:
+    """Inside the block, what the module `name` is given and gives, call by call: the tensors that they begin with."""
+    seen: list[tuple[Tensor | None, Tensor]] = []
+
+    def keep(given: Tensor | None, output: Tensor) -> Tensor:
+        seen.append((given, output))
+        return output
+
+    with rewritten(model, name, keep):
+        yield seen
+
+
+@contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, and what was before it afterwards."""
     before = [(part, part.training) for module in modules for part in module.modules()]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
+from sparsekern.analysis.nulls import permuted
 from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 
 try:
@@ -545,8 +546,7 @@ def _principal(centred: Tensor) -> Tensor:
 
 def _independent(p: Tensor, generator: torch.Generator) -> Tensor:
     """Every column but the first permuted on its own."""
-    order = torch.rand(p.shape[0], p.shape[1] - 1, generator=generator).argsort(0)
-    return torch.cat([p[:, :1], p[:, 1:].gather(0, order)], 1)
+    return torch.cat([p[:, :1], permuted(p[:, 1:], 0, generator)], 1)
 
 
 def _closure(p: Tensor) -> float:

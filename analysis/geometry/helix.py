@@ -7,8 +7,7 @@ frequencies points in their order have, and :func:`word_points` takes the points
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsekern.analysis.geometry.circles import closure
 from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
-from sparsekern.hooks import evaluating, first_tensor, named_module
+from sparsekern.hooks import evaluating, recorded
 
 PERIODS = (2.0, 5.0, 10.0, 100.0)
 _TINY = 1e-9
@@ -332,7 +331,7 @@ def word_points(
     name = _embedding_name(model) if module is None else module
     device = next(model.parameters()).device
     found = []
-    with evaluating(model), _recorded(model, name) as outputs:
+    with evaluating(model), recorded(model, name) as seen:
         for word in words:
             for template in templates:
                 start = template.index("{}")
@@ -341,12 +340,12 @@ def word_points(
                 here = (offsets[:, 0] < start + len(word)) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
                 if not here.any():
                     raise ValueError(f"words must be seen by the tokenizer: no token of {template!r} overlaps {word!r}")
-                outputs.clear()
+                seen.clear()
                 model(**encoded.to(device))
-                if not outputs or outputs[-1].dim() != 3 or outputs[-1].shape[1] != len(here):
-                    shape = tuple(outputs[-1].shape) if outputs else "nothing"
-                    raise ValueError(f"module {name!r} must give [batch, positions, d], got {shape}")
-                vectors = outputs[-1][0][here.to(device)].float().cpu()
+                output = seen[-1][1] if seen else torch.empty(0)
+                if output.dim() != 3 or output.shape[1] != len(here):
+                    raise ValueError(f"module {name!r} must give [batch, positions, d], got {tuple(output.shape)}")
+                vectors = output[0][here.to(device)].float().cpu()
                 found.append(vectors[-1] if last else vectors.mean(0))
     return torch.stack(found).view(len(words), len(templates), -1)
 
@@ -427,21 +426,6 @@ def _embedding_name(model: nn.Module) -> str:
         if part is table and table is not None:
             return name
     raise ValueError(f"module must be named: {type(model).__name__} does not say which one its input embeddings are")
-
-
-@contextmanager
-def _recorded(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Inside the block, the outputs of a module, in a list."""
-    outputs: list[Tensor] = []
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(first_tensor(output, name)[0].detach())
-
-    handle = named_module(model, name).register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 # Checks

@@ -349,7 +349,7 @@ def _vector(rows: Tensor) -> Tensor:
 
 
 def _auc(own: Tensor, others: Tensor) -> float:
-    """How often a number of `own` is above one of `others`, ties half; NaN without any."""
+    """How often a number of `own` is above one of `others`, ties half; NaN without any. `own` is short: no ranks."""
     if not len(own) or not len(others):
         return math.nan
     above, equal = (own[:, None] > others).sum(), (own[:, None] == others).sum()

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 import sparsekern as sk
 from sparsekern.analysis.geometry.counts import Active
+from sparsekern.analysis.nulls import second_moment_root
 from sparsekern.analysis.results import Result, Results, new_panels, null_generator, samples
 
 try:
@@ -168,7 +169,7 @@ def one_space_or_many(
 
     values = {"within": found.within} | told(found.lobe, cluster, rows)
     nulls: dict[str, list[dict[str, float]]] = {"tokens shuffled": [], "latents permuted": [], "random decoder": []}
-    root = _root(rows)
+    root = second_moment_root(rows)
     for _ in range(n_null):
         other = _lobes(active.shuffled(generator), latents, n_lobes, seed)
         nulls["tokens shuffled"].append({"within": other.within} | told(other.lobe, cluster, rows))
@@ -465,7 +466,7 @@ def subspace_clusters(
     unit = normalize(rows[used], dim=1)
     cluster, coefficients = _self_expressed(unit, n_clusters, sparsity, seed)
     ranks = union_of_subspaces(unit, cluster, energy=energy, n_null=n_null, seed=seed)
-    root = _root(unit)
+    root = second_moment_root(unit)
     whole = _rank(unit, energy)  # random rows of a sample's second moment have a lower one, and a larger ratio by that
     drawn: list[tuple[float, float]] = []
     for _ in range(n_null):
@@ -716,9 +717,3 @@ def _finite(name: str, rows: Tensor) -> Tensor:
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise ValueError(f"{name} must be finite rows [n, d], at least one, got shape {tuple(rows.shape)}")
     return rows.detach().float().cpu()
-
-
-def _root(unit: Tensor) -> Tensor:
-    """A square root of the second moment of the rows ``[n, d]``, ``[d, d]``."""
-    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T

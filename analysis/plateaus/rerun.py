@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.hooks import first_tensor, named_module, rewritten
+from sparsekern.hooks import first_tensor, named_module, recorded, rewritten
 
 MEASURES = ("kl", "distance")
 
@@ -206,7 +206,7 @@ class Rerun:
             read = read[read >= position]
         read = read.to(self.device)
         args, kwargs = contexts.only(row, len(rows), self.device)
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor | None, Tensor]] = []
         with ExitStack() as stack:
             head = self._head() if self.skipped else None
             if head is not None:
@@ -218,12 +218,12 @@ class Rerun:
                     stack.enter_context(_giving(named_module(self.model, name), _repeated(clean[name], len(rows))))
             stack.enter_context(rewritten(self.model, self.hook, _placed(rows, position, self.hook)))
             if self.last is not None and self.measure == "distance":
-                stack.enter_context(rewritten(self.model, self.last, _seen(seen)))
+                seen = stack.enter_context(recorded(self.model, self.last))
             output = self.model(*args, **kwargs)
         if self.measure == "kl":
             logits = _logits(self.model, output)
             return (logits if head is not None else logits[:, read]).double().log_softmax(-1)
-        final = seen[-1] if seen else first_tensor(output, "the model")[0]
+        final = seen[-1][1] if seen else first_tensor(output, "the model")[0]
         if final.dim() < 3 or final.shape[:2] != (len(rows), contexts.usable.shape[1]):
             raise ValueError(
                 f"last must name a module with an output [contexts, positions, …], got shape {tuple(final.shape)}"
@@ -329,14 +329,6 @@ def _placed(rows: Tensor, position: int, hook: str) -> Callable[[Tensor | None, 
         return output
 
     return rewrite
-
-
-def _seen(found: list[Tensor]) -> Callable[[Tensor | None, Tensor], Tensor]:
-    def keep(_: Tensor | None, output: Tensor) -> Tensor:
-        found.append(output)
-        return output
-
-    return keep
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparsekern.analysis.nulls import permuted
 from sparsekern.analysis.polytope.codes import PolytopeCodes
 
 _ENTRIES = 2**23  # floats of a block
@@ -101,4 +102,4 @@ class Units:
         if not self.mixed:
             return rows
         generator = torch.Generator().manual_seed(1 + index + self.seed * len(self.bounds))
-        return rows.gather(0, torch.rand(rows.shape, generator=generator).argsort(0))
+        return permuted(rows, 0, generator)

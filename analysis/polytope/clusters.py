@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sparsekern as sk
+from sparsekern.analysis.nulls import permuted
 from sparsekern.analysis.polytope.codes import PolytopeCodes
 from sparsekern.analysis.results import Result, Results, null_generator, samples
 from sparsekern.bits import pack_bits, unpack_bits
@@ -296,7 +297,7 @@ def _mixed(data: Tensor, n_units: int, generator: torch.Generator) -> Tensor:
     for start in range(0, data.shape[1], step):
         some = data[:, start : start + step]
         flags = unpack_bits(some, min(8 * some.shape[1], n_units - 8 * start))
-        parts.append(pack_bits(flags.gather(0, torch.rand(flags.shape, generator=generator).argsort(0))))
+        parts.append(pack_bits(permuted(flags, 0, generator)))
     return torch.cat(parts, 1)
 
 

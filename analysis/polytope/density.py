@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.analysis.nulls import permuted
 from sparsekern.analysis.polytope.segments import boundaries_on_segments
 from sparsekern.analysis.results import Result, Results, new_axes, null_generator, samples
 
@@ -218,6 +219,4 @@ def _gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _scrambled(x: Tensor, generator: torch.Generator) -> Tensor:
     """Every coordinate permuted over the samples, each by itself."""
-    flat = x.flatten(1).cpu()
-    order = torch.rand(flat.shape, generator=generator).argsort(0)
-    return flat.gather(0, order).view(x.shape).to(x.device)
+    return permuted(x.flatten(1).cpu(), 0, generator).view(x.shape).to(x.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import sparsekern as sk
+from sparsekern.analysis.nulls import permuted, second_moment_root
 from sparsekern.analysis.polytope.batches import Batch, Where, batches, length_of, moved, rows_of
 from sparsekern.analysis.polytope.watch import sites, watching
 from sparsekern.analysis.results import Result, Results, null_generator, samples
@@ -127,7 +128,7 @@ def pulled_directions(
         latent = decoder.cpu().any(1).nonzero().squeeze(1)[latent]
         nulls["cosine"] = {name: samples(float(_nearest(some[0], unit)[0].mean()) for some in pulled)}
         nulls["each"] = {name: samples(some[2] for some in pulled)}
-        root = _root(unit)
+        root = second_moment_root(unit)
         drawn = (normalize(torch.randn(unit.shape, generator=generator) @ root, dim=1) for _ in range(n_null))
         nulls["cosine"]["random dictionary"] = samples(float(_nearest(means, some)[0].mean()) for some in drawn)
         values |= {"cosine": float(cosine.mean()), "each": each}
@@ -217,8 +218,7 @@ class _Pull:
 
 
 def _permuted(components: Tensor, widths: list[int], generator: torch.Generator) -> Tensor:
-    parts = components.split(widths, 1)
-    return torch.cat([part.gather(1, torch.rand(part.shape, generator=generator).argsort(1)) for part in parts], 1)
+    return torch.cat([permuted(part, 1, generator) for part in components.split(widths, 1)], 1)
 
 
 def _unit(decoder: Tensor) -> Tensor:
@@ -226,12 +226,6 @@ def _unit(decoder: Tensor) -> Tensor:
     if not rows.isfinite().all() or not rows.any():
         raise ValueError("decoder must be finite, with a row that is not 0")
     return normalize(rows[rows.any(1)], dim=1).contiguous()
-
-
-def _root(unit: Tensor) -> Tensor:
-    """A square root of the second moment of the rows, ``[d, d]``."""
-    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 @torch.no_grad()

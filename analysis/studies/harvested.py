@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.data import ActivationStore, load_model
 from sparsekern.data.models import padded
-from sparsekern.hooks import rewritten
+from sparsekern.hooks import recorded
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _CLOSE = 1e-2  # of the largest activation; stores may be in half precision
@@ -75,16 +75,10 @@ class Harvested:
     @torch.no_grad()
     def _check(self, store: ActivationStore, held_out: HeldOut) -> None:
         """That the first batch gives what is stored."""
-        seen: list[Tensor] = []
-
-        def see(_: Tensor | None, output: Tensor) -> Tensor:
-            seen.append(output)
-            return output
-
         first = self.batches[0]
-        with rewritten(self.model, self.hook, see):
+        with recorded(self.model, self.hook) as seen:
             self.model(**self.inputs(first))
-        found = seen[0][self.rows(first)]
+        found = seen[0][1][self.rows(first)]
         stored = held_out.x[: len(found)]
         if not torch.allclose(found[: len(stored)], stored, rtol=0, atol=_CLOSE * float(stored.abs().max())):
             raise ValueError(f"{store.path} is not of the model that {store.source['model']} now is: harvest it again")

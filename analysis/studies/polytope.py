@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsekern.analysis.polytope import PolytopeCodes, neighbors, polytope_codes, surrogate_agreement
+from sparsekern.analysis.polytope import (
+    PolytopeCodes,
+    SurrogateAgreement,
+    neighbors,
+    polytope_codes,
+    surrogate_agreement,
+)
 from sparsekern.analysis.results import Result, markdown, new_axes, null_generator, samples
 from sparsekern.analysis.studies.harvested import Harvested
 from sparsekern.analysis.studies.options import PolytopeOptions
@@ -323,17 +329,10 @@ def _surrogates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
             "there is nothing to compare it with."
         )
         return
-    batch = {name: some[:_SURROGATE_CONTEXTS] for name, some in watched.harvested.batches[0].items()}
-    found = surrogate_agreement(
-        watched.harvested.model,
-        watched.harvested.inputs(batch),
-        n_null=options.n_costly,
-        where=watched.harvested.rows(batch),
-        seed=options.seed,
-    )
-    _surrogate_table(page, found)
+    found = _surrogate_table(page, watched, watched.harvested.model, watched.harvested.batches[0], options)
+    contexts = len(watched.harvested.batches[0]["input_ids"][:_SURROGATE_CONTEXTS])
     page.text(
-        f"On the tokens of {len(batch['input_ids'])} contexts. *Soft* is the slope of the activation function at the "
+        f"On the tokens of {contexts} contexts. *Soft* is the slope of the activation function at the "
         "unit's input, from 0 (off) to 1 (on). *Agreement*: share of units with the sign that (soft > ½) says, which "
         "is 1 by construction for GELU and SiLU. *Correlation*: of sign and slope; in brackets the largest sample with "
         "the units permuted. *Graded*: share of the slopes between 0.1 and 0.9, of units that are neither on nor off."
@@ -341,7 +340,18 @@ def _surrogates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
     page.record(surrogates=found.results)
 
 
-def _surrogate_table(page: Page, found: Any) -> None:
+def _surrogate_table(
+    page: Page, watched: Watched, model: nn.Module, batch: dict[str, Tensor], options: PolytopeOptions
+) -> SurrogateAgreement:
+    """What a sign leaves out of a model's slopes, on the first contexts of a batch."""
+    batch = {name: some[:_SURROGATE_CONTEXTS] for name, some in batch.items()}
+    found = surrogate_agreement(
+        model,
+        watched.harvested.inputs(batch),
+        n_null=options.n_costly,
+        where=watched.harvested.rows(batch),
+        seed=options.seed,
+    )
     page.table(
         ["layer", "agreement", "correlation (null)", "graded"],
         (
@@ -355,6 +365,7 @@ def _surrogate_table(page: Page, found: Any) -> None:
             for layer in found.layers
         ),
     )
+    return found
 
 
 def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
@@ -362,7 +373,7 @@ def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
     if not watched.harvested.causal or _GATED not in shipped_models():
         return
     page.section("Units with a gate")
-    tokenizer, model = load_model(str(shipped_models()[_GATED]), causal=True)
+    tokenizer, model = load_model(_GATED, causal=True)
     rows = []
     for batch in watched.harvested.batches:
         kept = watched.harvested.rows(batch)
@@ -393,15 +404,7 @@ def _gates(page: Page, watched: Watched, options: PolytopeOptions) -> None:
             for index, (name, _) in enumerate(codes.layers)
         ),
     )
-    some = {name: values[:_SURROGATE_CONTEXTS] for name, values in batches[-1].items()}
-    surrogates = surrogate_agreement(
-        model,
-        watched.harvested.inputs(some),
-        n_null=options.n_costly,
-        where=watched.harvested.rows(some),
-        seed=options.seed,
-    )
-    _surrogate_table(page, surrogates)
+    surrogates = _surrogate_table(page, watched, model, batches[-1], options)
     page.text(
         f"`{_GATED}` on {len(codes):,} tokens of the same texts. A gated unit multiplies a smooth gate with a linear "
         "value, so it is quadratic rather than linear, and has two signs. Columns as above: the signs of gates and of "

@@ -15,7 +15,7 @@ from sparsekern.analysis.results import null_generator
 from sparsekern.analysis.studies.harvested import Harvested
 from sparsekern.analysis.tokens import HeldOut
 from sparsekern.bits import pack_bits
-from sparsekern.hooks import named_module, rewritten
+from sparsekern.hooks import named_module, recorded, rewritten
 
 _PIECEWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 _ROWS = 4096  # codes that are unpacked at a time
@@ -78,17 +78,13 @@ class Watched:
     @torch.no_grad()
     def inputs_of(self, model: nn.Module, name: str) -> Tensor:
         """What a module of a model reads at each held-out token, ``[B, d]``."""
-        rows: list[Tensor] = []
-
-        def see(given: Tensor | None, output: Tensor) -> Tensor:
-            assert given is not None
-            rows.append(given)
-            return output
-
-        with rewritten(model, name, see):
-            for batch in self.harvested.batches:
+        rows = []
+        for batch in self.harvested.batches:
+            with recorded(model, name) as seen:
                 model(**self.harvested.inputs(batch))
-                rows[-1] = rows[-1][self.harvested.rows(batch)]
+            ((given, _),) = seen
+            assert given is not None
+            rows.append(given[self.harvested.rows(batch)])
         return torch.cat(rows)[: len(self.held_out.x)]
 
     def linear_mlp(self) -> str | None:
