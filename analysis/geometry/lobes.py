@@ -28,6 +28,7 @@ try:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import adjusted_mutual_info_score, balanced_accuracy_score
     from sklearn.model_selection import train_test_split
+    from threadpoolctl import threadpool_limits  # of scikit-learn's own dependencies
 except ImportError as error:
     raise ImportError("this analysis needs scipy and scikit-learn: pip install 'sparsekern[analysis]'") from error
 
@@ -83,6 +84,7 @@ class OneSpaceOrMany(Results):
 
 
 @torch.no_grad()
+@threadpool_limits.wrap(limits=1)  # problems this small take 15 times the processor time on two threads, which spin
 def one_space_or_many(
     codes: sk.SparseCodes | sk.CSRCodes,
     decoder: Tensor,
