@@ -26,7 +26,7 @@
 
 namespace sparsekern::cuda {
 
-// Tensor maps, on the host --------------------------------------------------------------------------------------------
+// Tensor maps, on the host.
 
 struct alignas(64) TensorMap {
     CUtensorMap map;
@@ -113,7 +113,7 @@ __device__ __forceinline__ unsigned shared_address(const void* generic) {
 
 }  // namespace detail
 
-// Clusters --------------------------------------------------------------------------------------------------------------
+// Clusters.
 
 __device__ __forceinline__ unsigned cluster_rank() {
     unsigned rank;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Barriers in shared memory ---------------------------------------------------------------------------------------------
+// Barriers in shared memory.
 
 // A phase is complete when `count` arrivals have come and as many bytes as they announced. The first has parity 0.
 struct alignas(8) Mbarrier {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity
         : "memory");
 }
 
-// Copies of tiles -------------------------------------------------------------------------------------------------------
+// Copies of tiles.
 
 // From global memory, asynchronously; the barrier gets all bytes of the box. c0 is the innermost coordinate.
 __device__ __forceinline__ void tensor_load_2d(void* to, const TensorMap& map, Mbarrier* barrier, int c0, int c1) {
@@ -219,7 +219,7 @@ __device__ __forceinline__ void tensor_load_3d_multicast(void* to, const TensorM
         : "memory");
 }
 
-// Matrix products -------------------------------------------------------------------------------------------------------
+// Matrix products.
 
 // Of a tile whose rows go along the summed dimension. 32 bytes further along it: the descriptor plus 2.
 __device__ __forceinline__ std::uint64_t matrix_descriptor(const void* tile) {
@@ -274,7 +274,7 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// Registers -------------------------------------------------------------------------------------------------------------
+// Registers.
 
 // R registers a thread, for all warps of a warpgroup; a multiple of 8.
 template <int R>

@@ -6,20 +6,19 @@
 // member), so that row 8·j + r of it is member j of bucket r: in the layout of the accumulators all members of a bucket
 // are then in one thread, and the filter exchanges nothing. The best keys stay in registers until the unit is done.
 //
-// Overlap. Both groups multiply the same chunks of x, with rows of the weight of their own. The chunks of x repeat with
-// every tile, so the second group need not begin with the first one: it begins up to four chunks later, and sums its tiles
-// from there, around. So while one group filters, the other one has the tensor cores to itself, and runs ahead in the
-// ring of chunks as far as that is deep. For each 48 KiB that are loaded there are 2 · 128 · 128 · 64 multiply-adds: two
-// groups in plain turns with tiles of their own, which share nothing, would want 64 bytes a cycle, all that an SM can
-// take in, and these want 48.
+// Overlap. Both groups multiply the same chunks of x, each with rows of the weight of its own. The chunks of x repeat
+// with every tile, so the groups need not begin a tile together: the second one begins up to four chunks later, and sums
+// each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs ahead
+// in the ring of chunks, which is about as deep as a filter is long. Two groups in plain turns, which share nothing,
+// would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
 //
-// Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's rows
-// and sends it to all. Of the L2 cache a block then wants, at full speed, 48, 32 or 24 bytes a cycle for clusters of 1, 2
-// or 4: 10, 6.7 or 5 TB/s of the whole H100 at 900 TFLOP/s, and its L2 has 5 to 7.
+// Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's
+// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4: for
+// a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
 //
 // Order. screen_tile_of() has as many tokens go down the buckets together as are 16 MiB of x, which stay in the cache;
-// the weight is read from memory once for all of them. At 8192 tokens, in two bytes: with d = 768 and 131072 latents, 201 MB
-// in all, once; with d = 4096, 1.07 GB, four times, 1.4 ms of memory's time beside 11 ms of products.
+// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768 once,
+// 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
 #include "cuda/screen.h"
 
 #include <cmath>
@@ -282,7 +281,8 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             for (std::int32_t chunk = 0; chunk < p.chunks; ++chunk) {
                 const Stage& stage = shared.stages[ring.stage];
                 mbarrier_wait(&shared.full[ring.stage], ring.parity);
-                const std::uint64_t upper = matrix_descriptor(stage.x), lower = matrix_descriptor(stage.x + kTileBytes / 2);
+                const std::uint64_t upper = matrix_descriptor(stage.x);
+                const std::uint64_t lower = matrix_descriptor(stage.x + kTileBytes / 2);
                 const std::uint64_t weight = matrix_descriptor(stage.weight[group]);
                 wgmma_fence();
 #pragma unroll

@@ -1,9 +1,9 @@
 // The screen of the encoder: every token times every latent in low precision, of which only the best of each bucket are
 // written. For sm_90a.
 //
-// Latent i is member i / n_buckets of bucket i % n_buckets. Of every bucket the `keep` largest scores of a token survive,
-// falling, as keys: the float32 score with the number of the member in its lowest bits. So no tensor of tokens by latents
-// exists. The keys are those of the Triton kernel `_screen`, up to the order in which a product is summed.
+// Latent i is member i / n_buckets of bucket i % n_buckets. Of every bucket the `keep` largest scores of a token
+// survive, falling, as keys: the float32 score with the number of the member in its lowest bits. So no tensor of tokens
+// by latents exists. The keys are those of the Triton kernel `_screen`, up to the order in which a product is summed.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 
 namespace sparsekern::cuda {
 
-// Slots (a token's place at one of its experts) in the order of experts, for an encoder whose tokens meet the latents of
-// some experts alone. Tile t has the next 128 slots of expert tile_expert[t], which is n_experts where there is no tile;
-// there are ceil(slots / 128) + n_experts numbers of tiles. The tables are on the device.
+// Slots (a token's place at one of its experts) in the order of experts, for an encoder whose tokens meet the latents
+// of some experts alone. Tile t has 128 slots of expert tile_expert[t], which is n_experts where there is no such tile;
+// the tables have room for ceil(slots / 128) + n_experts tiles. They are on the device.
 struct ScreenSlots {
     const std::int32_t* order;        // [slots]: slots by rising expert
     const std::int32_t* offsets;      // [n_experts + 1]: where each expert's begin in `order`
@@ -26,8 +26,8 @@ struct ScreenSlots {
 
 struct ScreenArgs {
     ElementType type;  // float16, bfloat16 or float8_e4m3
-    // [rows, d]: the tokens; with slots the token of each slot, in their order (gather_rows). Rows begin at multiples of
-    // 16 bytes, as do those of the weight; strides are in elements.
+    // [rows, d]: the tokens; with slots the token of each slot, in their order (gather_rows). Rows begin at multiples
+    // of 16 bytes, as do those of the weight; strides are in elements.
     const void* x;
     std::int64_t x_stride;
     const float* x_scale;  // [tokens]: what a token's scores are multiplied by, or nullptr
@@ -39,8 +39,8 @@ struct ScreenArgs {
     ElementType bias_type;
     float* keys;  // [rows, keep, n_buckets]; with slots, row s is slot s's
     std::int64_t rows, d;
-    // Of all n_buckets * n_members latents (with slots: of each expert), those from n_real on do not exist: rows of zeros
-    // that make up a full number. Scales and bias have n_real entries, with slots n_buckets * n_members an expert.
+    // Latents from n_real on do not exist: their rows only fill up n_buckets * n_members, and may hold anything finite.
+    // Scales and bias have n_real entries. With slots n_real is n_buckets * n_members, the latents of one expert.
     std::int64_t n_real, n_buckets, n_members;
     int keep;       // 1 to 3
     bool absolute;  // keys of sizes
@@ -54,9 +54,8 @@ void screen(const ScreenArgs& args, Stream stream);
 void gather_rows(const void* x, std::int64_t stride_bytes, const std::int32_t* order, std::int32_t n_active, void* out,
                  std::int64_t rows, std::int64_t row_bytes, Stream stream);
 
-// The order in which screen() works: unit `unit` of across * down is tile (tile.across, tile.down). Units run at one time
-// when their numbers are close. `group` tiles of tokens go down all buckets together, so that they share the weight's
-// rows in the cache, while their own x stays there.
+// Which tile of tokens and which of buckets unit `unit` of screen()'s work is. Units that are close run at one time:
+// `group` tiles of tokens, whose x stays in the cache, go down all buckets together and share the weight's rows.
 struct ScreenTile {
     std::int32_t tokens, buckets;
 };

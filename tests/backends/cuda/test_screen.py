@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 LOWEST = torch.tensor(-3.0e38)
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+TYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn")}
 
 
 def whole(generator, shape, most, dtype=torch.float32):
@@ -74,8 +74,8 @@ def check(emulated, dtype, rows, d, n_buckets, n_members, keep, *, scaled=False,
         offset[whole(generator, (n_real,), 8) == 8] = -math.inf
         scores[:, :n_real] += offset.double().clamp(min=LOWEST.double())
     scores = scores.float()
-    found = run(emulated, dtype, x, x_scale, weight, weight_scale, offset, n_members=n_members, keep=keep, n_real=n_real,
-                absolute=absolute, cluster=cluster)  # fmt: skip
+    found = run(emulated, dtype, x, x_scale, weight, weight_scale, offset, n_members=n_members, keep=keep,
+                n_real=n_real, absolute=absolute, cluster=cluster)  # fmt: skip
     expected = keys_of(scores, n_members, keep, absolute, n_real)
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
@@ -118,7 +118,7 @@ def test_rows_apart(emulated, gap):
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_any_interleaving(emulated, monkeypatch, order, cluster):
     monkeypatch.setenv("SPARSEKERN_EMULATOR_ORDER", str(order))
-    check(emulated, "float8_e4m3", 300, 656, 16, 32, keep=3, scaled=True, bias="float32", cluster=cluster, seed=order)
+    check(emulated, "float8_e4m3fn", 300, 656, 16, 32, keep=3, scaled=True, bias="float32", cluster=cluster, seed=order)
 
 
 @settings(max_examples=12, deadline=None)
@@ -184,7 +184,8 @@ def test_slots_meet_the_latents_of_their_expert(emulated, loads, n_active, dtype
 @settings(max_examples=200, deadline=None)
 @given(token_tiles=st.integers(1, 40), bucket_tiles=st.integers(1, 40), group=st.integers(1, 40))
 def test_every_tile_has_its_turn_once(emulated, token_tiles, bucket_tiles, group):
-    found = [emulated.screen_tile_of(unit, token_tiles, bucket_tiles, group) for unit in range(token_tiles * bucket_tiles)]
+    units = range(token_tiles * bucket_tiles)
+    found = [emulated.screen_tile_of(unit, token_tiles, bucket_tiles, group) for unit in units]
     assert sorted(found) == [(t, b) for t in range(token_tiles) for b in range(bucket_tiles)]
     for unit, (tokens, _) in enumerate(found):
         assert tokens // group == unit // (group * bucket_tiles)

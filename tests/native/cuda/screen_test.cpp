@@ -115,8 +115,10 @@ void check_case(const Case& c, ElementType type) {
                 double score = 0;
                 for (std::int64_t j = 0; j < c.d; ++j)
                     score += double(to_float(x.row(b)[j])) * to_float(weight.row(before + latent)[j]);
-                if (c.factors)
-                    score = score * x_scale[b] * weight_scale[before + latent] + std::max(bias[before + latent], kLowest);
+                if (c.factors) {
+                    const std::int64_t i = before + latent;
+                    score = score * x_scale[b] * weight_scale[i] + std::max(bias[i], kLowest);
+                }
                 best[member] = key_of(score, member, c.n_members, c.absolute);
             }
             std::sort(best.begin(), best.end(), std::greater<float>());
@@ -156,7 +158,8 @@ NATIVE_TEST(screen_tiles) {
         std::vector<int> seen(tokens * buckets);
         for (int unit = 0; unit < tokens * buckets; ++unit) {
             const ScreenTile tile = screen_tile_of(unit, tokens, buckets, group);
-            CHECK(tile.tokens >= 0 && tile.tokens < tokens && tile.buckets >= 0 && tile.buckets < buckets, "unit " << unit);
+            CHECK(tile.tokens >= 0 && tile.tokens < tokens, "unit " << unit);
+            CHECK(tile.buckets >= 0 && tile.buckets < buckets, "unit " << unit);
             ++seen[tile.tokens * buckets + tile.buckets];
         }
         CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }), tokens << " by " << buckets);
