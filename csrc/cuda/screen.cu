@@ -67,7 +67,8 @@ struct ScreenParams {
     const std::int32_t* tile_expert;
     std::int32_t n_active, n_experts;
     std::int32_t rows, chunks, stagger;
-    std::int32_t n_real, n_buckets, n_members, tiles;  // tiles: of a group in a unit
+    std::int32_t n_buckets, n_members, tiles;  // tiles: of a group in a unit
+    std::int32_t whole_members, longer_buckets;  // members that all buckets have; how many buckets have one more
     std::int32_t token_tiles, bucket_tiles, group, units;
     std::int32_t keep;
     std::uint32_t score_bits;  // those of a key that are the score's
@@ -188,12 +189,12 @@ struct Best {
     }
 };
 
-// The scores of a tile among the best keys. `real` is the number of the first latent that does not exist, counted from
-// this thread's first one; latents of one member are neighbours, and members are n_buckets apart.
+// The scores of a tile among the best keys. Its first member has the number `member`; unless kAllReal, the thread's two
+// buckets have `end` members.
 template <bool kAllReal, int kKeep>
 __device__ __forceinline__ void filter(Best<kKeep> (&best)[8], const float (&acc)[2][64], const FactorPair* factors,
                                        const float (&row_scale)[4], std::uint32_t score_bits, std::int32_t member,
-                                       std::int64_t real, std::int32_t n_buckets) {
+                                       const std::int32_t (&end)[2]) {
 #pragma unroll
     for (int j = 0; j < kMembers; j += 4) {
         FactorPair factor[4];
@@ -207,13 +208,18 @@ __device__ __forceinline__ void filter(Best<kKeep> (&best)[8], const float (&acc
             for (int i = 0; i < 4; ++i) {
                 const float scale = row_scale[2 * m + h] * factor[i].scale[c];
                 const float score = fmaf(acc[m][4 * (j + i) + 2 * h + c], scale, factor[i].bias[c]);
-                const auto number = static_cast<std::uint32_t>(member + j + i);
-                key[i] = __uint_as_float((__float_as_uint(score) & score_bits) | number);
-                if (!kAllReal && (j + i) * static_cast<std::int64_t>(n_buckets) + c >= real) key[i] = kLowest;
+                const std::int32_t number = member + j + i;
+                key[i] = __uint_as_float((__float_as_uint(score) & score_bits) | static_cast<std::uint32_t>(number));
+                if (!kAllReal && number >= end[c]) key[i] = kLowest;
             }
             best[place].add(key);
         }
     }
+}
+
+// Members of a bucket that exist.
+__device__ __forceinline__ std::int32_t members_of(const ScreenParams& p, std::int32_t bucket) {
+    return bucket < p.n_buckets ? p.whole_members + (bucket < p.longer_buckets) : 0;
 }
 
 struct alignas(8) Pair {
@@ -242,6 +248,7 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
     };
     Ring ring;
     const auto pass = [&](std::int32_t positions) {
+#pragma unroll 1
         for (std::int32_t i = 0; i < positions; ++i) {
             mbarrier_wait(&shared.full[ring.stage], ring.parity);
             release(ring.stage);
@@ -270,10 +277,9 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             // Scale and bias of the latent with this thread's number, under way while the tile is multiplied. Without a
             // bias it is the zero that changes nothing.
             float scale = 1.0f, bias = -0.0f;
-            const std::int64_t member = tile * kMembers + thread / kBuckets;
-            const std::int64_t latent = member * p.n_buckets + bucket + thread % kBuckets;
-            if (latent < p.n_real && bucket + thread % kBuckets < p.n_buckets) {
-                const std::int64_t place = unit.expert * std::int64_t{p.n_members} * p.n_buckets + latent;
+            const std::int32_t member = tile * kMembers + thread / kBuckets, of = bucket + thread % kBuckets;
+            if (member < members_of(p, of)) {
+                const std::int64_t place = (unit.expert * p.n_members + member) * std::int64_t{p.n_buckets} + of;
                 if (p.weight_scale) scale = p.weight_scale[place];
                 if (p.bias) bias = fmaxf(number_at(p.bias, p.bias_type, place), kLowest);
             }
@@ -306,11 +312,11 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             factors[thread / 2].bias[thread % 2] = bias;
             named_barrier_sync(1 + group, kGroupThreads);
             const std::int32_t begin = tile * kMembers;
-            const std::int64_t real = p.n_real - begin * std::int64_t{p.n_buckets} - bucket - 2 * pair;
-            if ((begin + kMembers) * std::int64_t{p.n_buckets} <= p.n_real)
-                filter<true>(best, acc, factors + pair, row_scale, p.score_bits, begin, real, p.n_buckets);
+            const std::int32_t end[2] = {members_of(p, bucket + 2 * pair), members_of(p, bucket + 2 * pair + 1)};
+            if (begin + kMembers <= p.whole_members)
+                filter<true>(best, acc, factors + pair, row_scale, p.score_bits, begin, end);
             else
-                filter<false>(best, acc, factors + pair, row_scale, p.score_bits, begin, real, p.n_buckets);
+                filter<false>(best, acc, factors + pair, row_scale, p.score_bits, begin, end);
             buffer ^= 1;  // the next barrier says that this one has been read
         }
 
@@ -391,7 +397,8 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     p.rows = narrow(args.rows);
     p.chunks = narrow(ceil_div(args.d, kChunk));
     p.stagger = min_of(kMostStagger, p.chunks / 2);
-    p.n_real = narrow(args.n_real);
+    p.whole_members = narrow(args.n_real / args.n_buckets);
+    p.longer_buckets = narrow(args.n_real % args.n_buckets);
     p.n_buckets = narrow(args.n_buckets);
     p.n_members = narrow(args.n_members);
     p.tiles = narrow(ceil_div(args.n_members, kMembers));
