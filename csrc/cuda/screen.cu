@@ -25,6 +25,8 @@
 
 #include "cuda/hopper.h"
 
+#pragma nv_diag_suppress 177  // functions that are not used: where the kernel traps, those that it is made of
+
 namespace sparsekern::cuda {
 namespace {
 
@@ -153,37 +155,30 @@ __device__ __forceinline__ float number_at(const void* numbers, ElementType type
     }
 }
 
-// The largest keys of one token and bucket, from members that come in fours.
-template <int kKeep>
+// The three largest keys of one token and bucket, of members that come in fours.
 struct Best {
-    float top[kKeep];  // falling
+    float top[3];  // falling
     // The smaller one of two is among the three largest of all only if no other smaller one is above it: that one and
     // both larger ones would be three. So of all smaller ones, of pairs and then of the larger ones of two pairs, the
     // largest is enough. A four then takes 14 operations instead of 20.
     float smaller[2];
 
-    __device__ __forceinline__ void clear() {
-        for (float& key : top) key = kLowest;
-        for (float& key : smaller) key = kLowest;
-    }
+    __device__ __forceinline__ void clear() { top[0] = top[1] = top[2] = smaller[0] = smaller[1] = kLowest; }
+
     __device__ __forceinline__ void insert(float key) {
-#pragma unroll
-        for (int i = 0; i < kKeep; ++i) {
-            const float larger = fmaxf(top[i], key);
-            key = fminf(top[i], key);
-            top[i] = larger;
-        }
+        top[2] = fmaxf(top[2], fminf(top[1], key));
+        top[1] = fmaxf(top[1], fminf(top[0], key));
+        top[0] = fmaxf(top[0], key);
     }
+
     __device__ __forceinline__ void add(const float (&key)[4]) {
         const float first = fmaxf(key[0], key[1]), second = fmaxf(key[2], key[3]);
-        if (kKeep > 1) {
-            smaller[0] = fmaxf(smaller[0], fmaxf(fminf(key[0], key[1]), fminf(key[2], key[3])));
-            smaller[1] = fmaxf(smaller[1], fminf(first, second));
-        }
+        smaller[0] = fmaxf(smaller[0], fmaxf(fminf(key[0], key[1]), fminf(key[2], key[3])));
+        smaller[1] = fmaxf(smaller[1], fminf(first, second));
         insert(fmaxf(first, second));
     }
+
     __device__ __forceinline__ void finish() {
-        if (kKeep == 1) return;
         insert(smaller[0]);
         insert(smaller[1]);
     }
@@ -191,8 +186,8 @@ struct Best {
 
 // The scores of a tile among the best keys. Its first member has the number `member`; unless kAllReal, the thread's two
 // buckets have `end` members.
-template <bool kAllReal, int kKeep>
-__device__ __forceinline__ void filter(Best<kKeep> (&best)[8], const float (&acc)[2][64], const FactorPair* factors,
+template <bool kAllReal>
+__device__ __forceinline__ void filter(Best (&best)[8], const float (&acc)[2][64], const FactorPair* factors,
                                        const float (&row_scale)[4], std::uint32_t score_bits, std::int32_t member,
                                        const std::int32_t (&end)[2]) {
 #pragma unroll
@@ -238,7 +233,7 @@ __device__ __forceinline__ void store_pair(float* to, float first, float second,
 }
 
 // One of the two groups that multiply and filter.
-template <class T, int kKeep>
+template <class T>
 __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, int group, std::int32_t first,
                                         std::int32_t step) {
     const int thread = static_cast<int>(threadIdx.x) % kGroupThreads, warp = thread / 32, lane = thread % 32;
@@ -268,7 +263,7 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             row_scale[i] = 1.0f;
             if (p.x_scale && at < unit.end) row_scale[i] = p.x_scale[p.order ? p.order[at] / p.n_active : at];
         }
-        Best<kKeep> best[8];  // [m][h][c] for rows 64 * m + 8 * h from `row`, buckets c from this thread's
+        Best best[8];  // [m][h][c] for rows 64 * m + 8 * h from `row`, buckets c from this thread's
 #pragma unroll
         for (int place = 0; place < 8; ++place) best[place].clear();
 
@@ -322,7 +317,7 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            Best<kKeep>&here = best[2 * i], &next = best[2 * i + 1];
+            Best &here = best[2 * i], &next = best[2 * i + 1];
             here.finish();
             next.finish();
             const std::int32_t at = row + 64 * (i / 2) + 8 * (i % 2), mine = bucket + 2 * pair;
@@ -330,14 +325,14 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             const std::int64_t out = p.order ? p.order[at] : at;
             float* keys = p.keys + out * p.keep * p.n_buckets + mine;
 #pragma unroll
-            for (int k = 0; k < kKeep; ++k)
+            for (int k = 0; k < 3; ++k)
                 if (k < p.keep) store_pair(keys + k * p.n_buckets, here.top[k], next.top[k], p.n_buckets, mine);
         }
         if (group == 0) pass(p.stagger);
     }
 }
 
-template <class T, int kKeep>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const __grid_constant__ ScreenParams p) {
 #if SPARSEKERN_HOPPER
     Shared& shared = shared_memory<Shared>();
@@ -357,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const __grid_consta
         if (threadIdx.x == kGroups * kGroupThreads) load<T>(p, shared, first, step);
     } else {
         registers_grow<232>();
-        consume<T, kKeep>(p, shared, group, first, step);
+        consume<T>(p, shared, group, first, step);
     }
     cluster_sync();  // nothing arrives in the shared memory of a block that is gone
 #else
@@ -415,10 +410,9 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     while (args.n_members > std::int64_t{1} << member_bits) ++member_bits;
     p.score_bits = ~0u << member_bits & (args.absolute ? 0x7fffffffu : ~0u);
 
-    const auto kernel = args.keep == 1 ? screen_kernel<T, 1> : screen_kernel<T, 3>;
     LaunchShape shape{args.cluster, kThreads, sizeof(Shared), args.cluster};
-    shape.blocks *= min_of(p.units, clusters_at_once("screen", kernel, shape));
-    launch("screen", kernel, shape, stream, p);
+    shape.blocks *= min_of(p.units, clusters_at_once("screen", screen_kernel<T>, shape));
+    launch("screen", screen_kernel<T>, shape, stream, p);
 }
 
 struct GatherParams {
