@@ -9,7 +9,7 @@
 // Overlap. Both groups multiply the same chunks of x, each with rows of the weight of its own. The chunks of x repeat
 // with every tile, so the groups need not begin a tile together: the second one begins up to four chunks later, and sums
 // each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs ahead
-// in the ring of chunks, which is about as deep as a filter is long. Two groups in plain turns, which share nothing,
+// in the ring of chunks, which is somewhat deeper than a filter is long. Two groups in plain turns, which share nothing,
 // would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
 //
 // Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's
@@ -33,7 +33,7 @@ namespace {
 constexpr int kTokens = 128, kBuckets = 8, kMembers = 16, kLatents = kBuckets * kMembers;
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kMostStagger = 4;  // chunks; a filter takes as long as three to four chunks of products of one group
+constexpr int kMostStagger = 4;  // chunks; a filter takes as long as some three chunks of one group's products
 constexpr int kChunkBytes = 128;  // of a row
 constexpr int kTileBytes = 128 * kChunkBytes;
 constexpr int kSteps = kChunkBytes / 32;  // products to a chunk
