@@ -84,8 +84,8 @@ std::vector<Block>& cluster();
 void wait_for(const Wait& wait);
 void yield();
 
-// Has `action` carried out by the scheduler a few turns later, drawn at random: what hardware does on its own. `what`
-// names it if the launch ends before.
+// Has `action` carried out by the scheduler a few turns later, drawn at random: what hardware does on its own. What it
+// reads and writes there it says by reads() and writes(). `what` names it if the launch ends before.
 void later(std::string what, std::function<void()> action);
 
 // Lanes of `mask` wait for each other; answers the value of each. `orders`: and their accesses to memory.
@@ -100,8 +100,8 @@ unsigned char* shared(std::size_t bytes);
 // A number from 0 to n - 1, of the seed.
 unsigned draw(unsigned n);
 
-// What ThreadSanitizer is told: what happens before release(tag) happens before what follows acquire(tag); a range is
-// read or written. Nothing without it.
+// What ThreadSanitizer is told: what happens before release(tag) happens before what follows acquire(tag); an action
+// reads or writes a range. Nothing without it.
 void acquire(const void* tag);
 void release(const void* tag);
 void reads(const void* from, std::size_t bytes);
