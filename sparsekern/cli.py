@@ -595,12 +595,12 @@ def _check_gpus() -> bool:
     if importlib.util.find_spec("triton") is None:
         out.print("triton is not installed: the reference serves CUDA tensors. pip install triton", highlight=False)
         return False
-    from sparsekern.backends.triton import check
+    from sparsekern.backends import check, triton
 
     passed = True
     for index in range(torch.cuda.device_count()):
         with out.status(f"checking the kernels on cuda:{index}"):
-            results = check.run(torch.device("cuda", index))
+            results = check.run(triton, torch.device("cuda", index))
         title = f"Kernels on cuda:{index}, {torch.cuda.get_device_name(index)}"
         table = Table("op", "dtype", "", "error", "at most", "seconds", "", title=title, title_justify="left")
         for result in results:
