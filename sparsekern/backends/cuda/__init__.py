@@ -1,15 +1,15 @@
 """CUDA C++ kernels (csrc/cuda) for what Triton cannot bring to the limit of a Hopper GPU.
 
 They serve ``topk_encode``, ``routed_topk_encode`` and the update of the weights (``row_adam`` and what leads to it), and
-have ``row_topk``, the selection alone. float32, bfloat16 and float16; float32 alone for the update.
+``row_topk`` is the selection alone. float32, bfloat16 and float16; for the update float32.
 
-They are **off** unless ``SPARSEKERN_BACKEND=cuda`` asks for them, until the record of a device shows them right and faster
-than the Triton kernels. With it, the ops that have no kernel here are served by Triton's (:func:`stand_in`), so that a
-whole training runs. As with Triton, the first call of an op on a device with a dtype checks its kernels there
+They are **off** unless ``SPARSEKERN_BACKEND=cuda`` asks for them, until the record of a device shows them right and
+faster than the Triton kernels. With it, the ops that have no kernel here are served by Triton's (:func:`stand_in`), so
+that a whole training runs. The first call of an op on a device with a dtype checks its kernels there
 (:mod:`sparsekern.backends.check`); where they disagree with the reference the call fails, since it asked for them.
 
-The same kernels run on CPU tensors in an emulator of CUDA, inside :func:`._library.emulating`, which tests use. There the
-reference stands in.
+The same kernels run on CPU tensors in an emulator of CUDA, inside :func:`._library.emulating`, which tests use. The
+reference stands in there.
 """
 
 from __future__ import annotations
@@ -76,6 +76,22 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
 
         reason = check.verdict(sys.modules[__name__], check.name_of(op, screen), dtype, device)
     return reason
+
+
+def missing(device: torch.device) -> str | None:
+    """Why no kernel can run on `device`; None where they can."""
+    return _library.built(device)
+
+
+def summary() -> str:
+    """What was compiled, what drives it, and whether it is used, in one line for `sparsekern doctor`."""
+    found = _library.info()
+    if found is None:
+        return (
+            f"{_library.built()}; nvcc makes them when the package is installed, SPARSEKERN_BUILD_CUDA=1 says why not"
+        )
+    compiled = f"sm_{', sm_'.join(found['architectures'])} by nvcc {found['nvcc']}, runtime {found['runtime']}"
+    return f"{compiled}; {found['driver']}; {'on' if _chosen() else OFF}"
 
 
 def stand_in(op: str, device: torch.device) -> str | None:

@@ -1,8 +1,8 @@
 """The extension modules that hold the CUDA C++ kernels, and whether one can be used here.
 
-``sparsekern._cuda`` is what nvcc makes of ``csrc/cuda``; its functions take addresses, sizes, strides and a stream. A C++
-compiler makes a module with the same functions of the same sources and an emulator of CUDA, for tensors on the CPU.
-Nothing but :func:`emulating` brings that one into use: it is made for tests, and thousands of times slower.
+``sparsekern._cuda`` is what nvcc makes of ``csrc/cuda``; its functions take addresses, sizes, strides and a stream. Of
+the same sources and an emulator of CUDA any C++ compiler makes a module with the same functions, for tensors on the
+CPU. Nothing but :func:`emulating` brings that one into use: it is made for tests, and thousands of times slower.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def built(device: torch.device | None = None) -> str | None:
-    """Why the compiled kernels are missing or cannot run on `device`, by default the current one; None when they can."""
+    """Why the kernels are missing, or cannot run on `device` (by default the current one); None where they can."""
     module, reason = _load()
     if module is None:
         return reason

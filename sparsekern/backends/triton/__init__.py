@@ -70,14 +70,18 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         dtype = torch.float32
     if dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "not built (triton is not installed: pip install triton)"
-    reason = _no_screen(op, device, dtype, screen)
+    reason = missing(device) or _no_screen(op, device, dtype, screen)
     if reason is None and device.type == "cuda":
         from sparsekern.backends import check
 
         reason = check.verdict(sys.modules[__name__], check.name_of(op, screen), dtype, device)
     return reason
+
+
+def missing(device: torch.device) -> str | None:
+    """Why there are no kernels for any device; None where there are."""
+    installed = importlib.util.find_spec("triton") is not None
+    return None if installed else "not built (triton is not installed: pip install triton)"
 
 
 def _interpreted(device: torch.device) -> bool:
