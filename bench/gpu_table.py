@@ -250,7 +250,7 @@ def tables(record: Record) -> list[Grid]:
 def missing(record: Record) -> list[str]:
     """One line for everything that was left out or failed, and for a run that was cut short."""
     lines = [
-        f"the checks of {name}'s own: {word}, {backend[word]}"
+        f"{name}'s own checks: {word}, {backend[word]}"
         for name, backend in record["checks"]["backends"].items()
         for word in ("missing", "error")
         if word in backend
