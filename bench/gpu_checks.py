@@ -8,7 +8,7 @@ the seed is drawn anew for every run of the command, and recorded.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.backends import reference
+from sparsekern.backends import check, reference, triton
 from sparsekern.bench.gpu_kernels import batches, environment, one_line, release, served
 from sparsekern.bench.options import Case
 from sparsekern.modules.activations import Activation
@@ -53,12 +53,10 @@ def of_backend(device: torch.device) -> dict[str, Any]:
     """What the backend's own check says about this device; ``missing`` where there is none."""
     if device.type != "cuda":
         return {"missing": "it checks kernels of GPUs"}
+    if importlib.util.find_spec("triton") is None:
+        return {"missing": "triton is not installed"}
     try:
-        check = importlib.import_module("sparsekern.backends.triton.check")
-    except ImportError as error:
-        return {"missing": one_line(error)}
-    try:
-        return {"results": [result._asdict() for result in check.run(device)]}
+        return {"results": [result._asdict() for result in check.run(triton, device)]}
     except Exception as error:
         return {"error": one_line(error)}
 
@@ -77,8 +75,8 @@ def of_case(case: Case, device: torch.device, seed: int, *, steps: bool) -> Iter
             if case.d_sae % n_experts == 0 and case.k <= case.d_sae // n_experts:
                 name = f"routed_topk_encode, {n_active} of {n_experts} experts"
                 yield _entry(case, name, dtype, lambda e=n_experts, a=n_active, p=problem: routed(p, e, a))  # type: ignore[misc]
-        for name, check in PRODUCTS.items():
-            yield _entry(case, name, dtype, lambda c=check, p=problem: c(p))  # type: ignore[misc]
+        for name, compare in PRODUCTS.items():
+            yield _entry(case, name, dtype, lambda c=compare, p=problem: c(p))  # type: ignore[misc]
         del problem
         release(device)
     if steps:
