@@ -49,7 +49,7 @@ from sparsekern.backends.screening import (
     chunks,
     copy_dtype,
     current_copy,
-    last_encode,
+    last_encode,  # noqa: F401 - of this backend too
     panel_scores,
     register,
     with_slack,
