@@ -43,7 +43,7 @@ _OPS = ("topk_encode", "routed_topk_encode", "row_topk", "row_adam")
 _ENCODERS = ("topk_encode", "routed_topk_encode")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-ENCODE_PATHS = ("auto",)
+ENCODE_PATHS = ("fused", "chunked")
 """The ways of :func:`topk_encode`, to be checked each."""
 
 OFF = "off until a record of a device shows it right and faster; SPARSEKERN_BACKEND=cuda chooses it"

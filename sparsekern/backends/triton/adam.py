@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekern.backends.screening import LIMITS, Quantized
 from sparsekern.backends.triton._launch import launch
-from sparsekern.backends.triton.encode import LIMITS, Quantized, scale_of
+from sparsekern.backends.triton.encode import scale_of
 from sparsekern.backends.triton.products import (
     ENTRIES,
     SPLIT,
