@@ -4,26 +4,32 @@
 // for is asked for early: the weight before the gradient is summed, the moments before the first sum over the row, 32
 // entries at a time, and the vectors of several entries together. Latents without an entry only stream.
 //
-// Slices. A step reads 24 bytes for each of the n * d parameters and 4 d for each entry. The entries' vectors come from
-// the second-level cache if they fit into it. Where they do not, blocks go through a slice of the columns of all latents
-// before the next slice, and a slice of the vectors stays in the cache. In GB for one weight, on an H100, whose cache of
-// 50 MB is to its multiprocessors more like 25 to 50, (B, d, n, k) of A = (8192, 4096, 131072, 64),
-// B = (8192, 768, 2^20, 32), F = (8192, 768, 131072, 32):
+// Slices. A step reads and writes 24 bytes for each of n * d parameters and reads 4 d for each entry. The entries' vectors
+// come from the second-level cache if they fit into it. Where they do not, blocks go through a slice of the columns of
+// all latents before the next slice, and a slice of the vectors stays in the cache. Against it stands what needs whole
+// rows. The scale of a copy does: the copy is then made in a pass of its own, for 4 bytes a parameter more. So do the
+// projection and the norm of unit rows: their gradient is then made in slices, some latents at a time, and read whole, for
+// 8 bytes and the vectors once more for each lot. (Blocks of a cluster, with a slice each, could share sums over a row, but
+// run together: all slices would be in the cache at once again.)
 //
-//                                                                A                   B              F
-//     vectors                                                    0.134               0.025          0.025
-//     gathered: 4 B k d, of which past the cache                 8.6, 5.4 to 7.0     0.8, <= 0.1    0.8, <= 0.1
-//     parameters and moments, 24 n d                             12.9                19.3           2.4
-//     whole rows                                                 18.3 to 19.9        19.4           2.5
-//     slices, rows of any norm                                   13.0                19.3           2.4
-//     – with a copy: whole rows + 2 n d, slices + 6 n d          19.4-21.0, 16.2     21.0, 24.2     2.7, 3.0
-//     slices, unit rows: + 8 n d                                 17.3                25.8           3.2
+// GB for one weight on an H100, whose cache of 50 MB may hold as little as 25 MB of what all multiprocessors read, for
+// (B, d, n, k) of A = (8192, 4096, 131072, 64), B = (8192, 768, 2^20, 32), F = (8192, 768, 131072, 32),
+// G = (16384, 2304, 65536, 64), E = (65536, 2048, 65536, 64), in lots of 256 MB:
 //
-// So slices are for vectors beyond the cache and rows of any norm, the encoder's: 17 to 34% less at A. What stands against
-// them is what needs a whole row: the scale of the copy, which is then made in a pass of its own, and for unit rows the
-// norm, for which the weight would have to be read and written again, and the projection, which would need the gradient
-// or another pass over all vectors before: 5 to 13% less at A for two more passes. Blocks of a cluster, with a slice each,
-// would share sums over the row but run together, so that all slices would be in the cache at once again.
+//                                       A             B             F            G            E
+//     vectors                           0.134         0.025         0.025        0.151        0.537
+//     gathered, 4 B k d                 8.6           0.8           0.8          9.7          34.4
+//     of that past the cache            5.4 to 7.0    <= 0.1        <= 0.1       6.5 to 8.1   31 to 33
+//     parameters and moments            12.9          19.3          2.4          3.6          3.2
+//     rows of any norm: whole           18.3 to 19.9  19.4          2.5          10.1 to 11.7 34 to 36
+//                       slices          13.0          19.3          2.4          3.8          3.8
+//         with a copy:  whole           19.3 to 20.9  21.0          2.7          10.4 to 12.0 34 to 36
+//                       slices          16.2          24.2          3.0          4.7          4.6
+//     unit rows:        whole           18.3 to 19.9  19.4          2.5          10.1 to 11.7 34 to 36
+//                       slices          18.2          25.8          3.2          5.3          5.4
+//
+// So it is the vectors beyond the cache, against the bytes that slices cost, which decides; the caller counts them. At A
+// slices are for the encoder alone, 16 to 35% less.
 #include "cuda/row_adam.h"
 
 namespace sparsekern::cuda {
@@ -169,10 +175,9 @@ __device__ __forceinline__ void add_entries(float (&total)[S::kNumbers], const O
     }
 }
 
-// total += the row of a latent, whose pieces are summed already where it has more than `split` entries. Whether it has
-// any entry.
+// total += the row of a latent, whose pieces are summed already where it has more than `split` entries.
 template <class S>
-__device__ __forceinline__ bool add_latent(float (&total)[S::kNumbers], const OuterProducts& product,
+__device__ __forceinline__ void add_latent(float (&total)[S::kNumbers], const OuterProducts& product,
                                            std::int64_t latent, std::int32_t split, std::int32_t d,
                                            const Columns<S>& columns) {
     const std::int32_t first = product.start[latent], end = product.start[latent + 1];
@@ -192,7 +197,6 @@ __device__ __forceinline__ bool add_latent(float (&total)[S::kNumbers], const Ou
             add_rows<S>(total, row, factor, columns);
         }
     }
-    return first < end;
 }
 
 struct PieceSums {
@@ -309,8 +313,9 @@ __device__ __forceinline__ void refresh_copy(const RoundedRows& copy, std::int64
 
 struct RowPass {
     RowGradient gradient;
-    AdamStep step;  // `weight` is nullptr where the gradient is all that is wanted
-    float* rows;    // where it goes, or nullptr
+    AdamStep step;       // `weight` is nullptr where the gradient is all that is wanted
+    float* made;         // [n, d]: where the gradient goes, or nullptr
+    const float* given;  // [n, d]: where it comes from, or nullptr
 };
 
 template <class S>
@@ -329,7 +334,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
 
     float gradient[S::kNumbers] = {};
     bool any = false;
-    for (int sum = 0; sum < g.count; ++sum) any |= add_latent<S>(gradient, g.sums[sum], latent, g.split, g.d, columns);
+    for (int sum = 0; sum < g.count; ++sum) {
+        any |= g.sums[sum].start[latent] < g.sums[sum].start[latent + 1];
+        if (!p.given) add_latent<S>(gradient, g.sums[sum], latent, g.split, g.d, columns);
+    }
+    if (p.given && any) load_own_row<S>(gradient, p.given + place, columns);
 
     float first[S::kNumbers], second[S::kNumbers];
     if (update) {
@@ -343,7 +352,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
         combine_over_block<S, 1, 0>(along, &memory->along);
         columns.each_number([&](int i) { gradient[i] = fmaf(-along[0], row[i], gradient[i]); });
     }
-    if (p.rows) store_row<S>(p.rows + place, gradient, columns);
+    if (p.made) store_row<S>(p.made + place, gradient, columns);
 
     float totals[3] = {0, 0, 0};  // the squares of the gradient, those of the new row, and its largest magnitude
     columns.each_number([&](int i) { totals[0] = fmaf(gradient[i], gradient[i], totals[0]); });
@@ -403,6 +412,7 @@ struct Bounds {
 };
 
 constexpr int kBoundThreads = 256;
+constexpr int kBoundFlight = 4;  // entries of a lane that are asked for together
 
 // A warp has a latent.
 __global__ void __launch_bounds__(kBoundThreads) bound_row(const __grid_constant__ Bounds p) {
@@ -413,10 +423,18 @@ __global__ void __launch_bounds__(kBoundThreads) bound_row(const __grid_constant
     for (int sum = 0; sum < p.gradient.count; ++sum) {
         const OuterProducts& product = p.gradient.sums[sum];
         const std::int32_t end = product.start[latent + 1];
-        for (std::int32_t position = product.start[latent] + lane; position < end; position += 32) {
-            const std::int32_t entry = product.order[position];
-            const std::int32_t owner = product.row_of ? product.row_of[entry] : entry / product.k;
-            bound = fmaf(fabsf(product.values[entry]), p.norms[sum][owner], bound);
+        for (std::int32_t staged = product.start[latent] + lane; staged < end; staged += 32 * kBoundFlight) {
+            std::int32_t entry[kBoundFlight];
+#pragma unroll
+            for (int f = 0; f < kBoundFlight; ++f)
+                entry[f] = end - staged > 32 * f ? product.order[staged + 32 * f] : -1;
+#pragma unroll
+            for (int f = 0; f < kBoundFlight; ++f) {
+                const float value = entry[f] < 0 ? 0.0f : product.values[entry[f]];
+                if (value == 0) continue;
+                const std::int32_t owner = product.row_of ? product.row_of[entry[f]] : entry[f] / product.k;
+                bound = fmaf(fabsf(value), p.norms[sum][owner], bound);
+            }
         }
     }
 #pragma unroll
@@ -463,16 +481,52 @@ bool whole_packs(const RowGradient& g) {
 
 void launch_rows(const char* name, const RowPass& pass, Stream stream) {
     const RowGradient& g = pass.gradient;
-    if (g.count > kMostSums) throw std::invalid_argument("at most 4 sums of outer products");
-    if (g.slice <= 0 || (g.slice < g.d && g.unit_rows))
-        throw std::invalid_argument("slices must have columns, and for unit rows all of them");
     const AdamStep& a = pass.step;
-    const bool aligned = whole_packs(g) && whole_packs(pass.rows) && whole_packs(a.weight) &&
-                         whole_packs(a.first_moment) && whole_packs(a.second_moment) && whole_packs(a.copy.rows);
+    const bool aligned = whole_packs(g) && whole_packs(pass.made) && whole_packs(pass.given) &&
+                         whole_packs(a.weight) && whole_packs(a.first_moment) && whole_packs(a.second_moment) &&
+                         whole_packs(a.copy.rows);
     with_shape_for(min_of(g.d, g.slice), aligned, [&](auto shape) {
         using S = decltype(shape);
         launch(name, update_row<S>, blocks_for(g.n, g.d, g.slice, S::kThreads, kRowMemory<S>), stream, pass);
     });
+}
+
+template <class T>
+void advance(T*& pointer, std::int64_t by) {
+    if (pointer) pointer += by;
+}
+
+// A pass over `count` latents from `first` on.
+RowPass some_latents(RowPass pass, std::int64_t first, std::int64_t count) {
+    RowGradient& g = pass.gradient;
+    AdamStep& a = pass.step;
+    const std::int64_t place = first * g.d;
+    g.n = count;
+    for (int sum = 0; sum < g.count; ++sum) {
+        advance(g.sums[sum].start, first);
+        advance(g.sums[sum].piece_start, first);
+    }
+    for (float** rows : {&a.weight, &a.first_moment, &a.second_moment}) advance(*rows, place);
+    for (float** numbers : {&g.squares, &a.copy.scale, &a.copy.norm, &a.copy.error}) advance(*numbers, first);
+    advance(g.weight, place);
+    auto* copied = static_cast<std::uint8_t*>(a.copy.rows);
+    advance(copied, place * (a.copy.type == ElementType::float8_e4m3 ? 1 : 2));
+    a.copy.rows = copied;
+    return pass;
+}
+
+// In one go, but for unit rows in slices: their gradient is made first, and then used whole.
+void launch_pass(const char* name, const RowPass& pass, const RowWorkspace& workspace, Stream stream) {
+    const RowGradient& g = pass.gradient;
+    if (!g.unit_rows || g.slice >= g.d) return launch_rows(name, pass, stream);
+    if (workspace.count < 1) throw std::invalid_argument("unit rows in slices need a workspace");
+    for (std::int64_t first = 0; first < g.n; first += workspace.count) {
+        RowPass some = some_latents(pass, first, min_of(workspace.count, g.n - first));
+        gradient_rows(some.gradient, workspace.rows, stream);
+        some.gradient.slice = g.d;
+        some.given = workspace.rows;
+        launch_rows(name, some, stream);
+    }
 }
 
 }  // namespace
@@ -493,19 +547,22 @@ void bound_rows(const RowGradient& gradient, const float* const* norms, float* b
     launch("bound_row", bound_row, {ceil_div(gradient.n, kBoundThreads / 32), kBoundThreads}, stream, p);
 }
 
-void gradient_squares(const RowGradient& gradient, Stream stream) {
-    launch_rows("gradient_squares", {gradient, {}, nullptr}, stream);
-}
-
 void gradient_rows(const RowGradient& gradient, float* rows, Stream stream) {
-    launch_rows("gradient_rows", {gradient, {}, rows}, stream);
+    RowPass pass{gradient, {}, rows, nullptr};
+    pass.gradient.unit_rows = false;
+    pass.gradient.squares = nullptr;
+    launch_rows("gradient_rows", pass, stream);
 }
 
-void row_adam(const RowGradient& gradient, const AdamStep& step, Stream stream) {
-    RowPass pass{gradient, step, nullptr};
-    const bool copy_apart = gradient.slice < gradient.d && step.copy.rows;
+void gradient_squares(const RowGradient& gradient, const RowWorkspace& workspace, Stream stream) {
+    launch_pass("gradient_squares", {gradient, {}, nullptr, nullptr}, workspace, stream);
+}
+
+void row_adam(const RowGradient& gradient, const AdamStep& step, const RowWorkspace& workspace, Stream stream) {
+    RowPass pass{gradient, step, nullptr, nullptr};
+    const bool copy_apart = gradient.slice < gradient.d && !gradient.unit_rows && step.copy.rows;
     if (copy_apart) pass.step.copy = {};
-    launch_rows("row_adam", pass, stream);
+    launch_pass("row_adam", pass, workspace, stream);
     if (!copy_apart) return;
     const CopyPass copy{gradient.needed, step.weight, gradient.n, gradient.d, step.copy};
     const bool aligned = gradient.d % 4 == 0 && whole_packs(step.weight) && whole_packs(step.copy.rows);

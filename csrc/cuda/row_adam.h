@@ -2,8 +2,8 @@
 //
 //     G[i] = sum over the sums of outer products, and over the entries e of latent i, of  values[e] * vectors[row of e],
 //
-// so that the gradient itself never exists: a block has a latent, makes its row of G in registers, and uses it up there.
-// One pass over memory removes the component along a unit row, clips, updates both moments and the weight, restores the
+// so that the gradient itself never exists, or of a few latents at a time: a block has a latent, makes its row of G in
+// registers, and uses it up there. One pass over memory removes the component along a unit row, clips, updates both moments and the weight, restores the
 // unit norm, and refreshes the low-precision copy that the encoder screens with.
 #pragma once
 
@@ -34,12 +34,13 @@ struct RowGradient {
     std::int32_t split;  // entries of a piece
     std::int64_t n;
     std::int32_t d;
-    std::int32_t slice;   // columns that are gone through together (see row_adam.cu); d, and always d for unit rows, for all
+    std::int32_t slice;   // columns that are gone through together (see row_adam.cu); d for all
     const float* weight;  // [n, d], contiguous
     bool unit_rows;       // remove the component along weight[i] from G[i]
     // Where it holds false nothing at all is done; nullptr for always.
     const std::uint8_t* needed;
-    // [slices, n]: of the squares of G[i] in each slice the sum, unclipped. Not written for latents without an entry.
+    // [slices, n]: of the squares of G[i] in each slice the sum, unclipped. Not written for latents without an entry. For
+    // unit rows [n]: they are squared whole.
     float* squares;
 };
 
@@ -75,12 +76,18 @@ void sum_pieces(const OuterProducts& product, const std::int32_t* piece_latent, 
 // bounds[i]: an upper bound on |G[i]| by the triangle inequality, up to rounding. norms[p]: those of the vectors of sum p.
 void bound_rows(const RowGradient& gradient, const float* const* norms, float* bounds, Stream stream);
 
-// Squares of the gradient alone.
-void gradient_squares(const RowGradient& gradient, Stream stream);
-
-// rows [n, d]: the gradient.
+// rows [n, d]: the gradient, which is not projected.
 void gradient_rows(const RowGradient& gradient, float* rows, Stream stream);
 
-void row_adam(const RowGradient& gradient, const AdamStep& step, Stream stream);
+// Room for the gradient of some latents. Unit rows that are to be gone through in slices need it, no others.
+struct RowWorkspace {
+    float* rows;  // [count, d]
+    std::int64_t count;
+};
+
+// Squares of the gradient alone.
+void gradient_squares(const RowGradient& gradient, const RowWorkspace& workspace, Stream stream);
+
+void row_adam(const RowGradient& gradient, const AdamStep& step, const RowWorkspace& workspace, Stream stream);
 
 }  // namespace sparsekern::cuda

@@ -1,7 +1,8 @@
 """Adam on weights of one row a latent with gradients that stay factored: ``csrc/cuda/by_latent.cu`` and ``row_adam.cu``.
 
-A block has a latent, or a slice of its columns where the vectors of the gradient do not fit into the second-level cache.
-What is around the kernels is in :mod:`sparsekern.backends.factored_adam`.
+A block has a latent. Where the vectors of the gradient do not fit into the second-level cache, blocks go through a slice
+of the columns of all latents before the next; ``row_adam.cu`` has the bytes that this saves and costs. What is around the
+kernels is in :mod:`sparsekern.backends.factored_adam`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ MOST_ENTRIES = 2**31 - SPLIT
 
 SLICE = 128
 """Slices are a multiple of so many columns: 512 bytes of a vector."""
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Bound on the rows of a gradient that exist at one time."""
 
 
 class ByLatent:
@@ -79,12 +83,11 @@ class SortedFactors(FactoredGradient):
         values, vectors = values.float().contiguous(), vectors.float()
         if vectors.stride(-1) != 1:
             vectors = vectors.contiguous()
-        (rows, d), count = vectors.shape, by.piece_latent.shape[0]
-        pieces = vectors.new_empty(count, d)
-        part = Part(values, vectors, by, pieces)
+        d, count = vectors.shape[1], by.piece_latent.shape[0]
+        part = Part(values, vectors, by, vectors.new_empty(count, d))
         library, stream = _library.module_for(vectors), _library.stream_of(vectors)
-        shape = by.d_sae, d, SPLIT, slice_width([part])
-        library.sum_pieces(_addresses(part), by.piece_latent.data_ptr(), count, *shape, pieces.data_ptr(), stream)
+        shape = by.d_sae, d, SPLIT, slice_width([part], 0)
+        library.sum_pieces(_addresses(part), by.piece_latent.data_ptr(), count, *shape, part.pieces.data_ptr(), stream)
         return part
 
     def dense(self) -> Tensor:
@@ -95,7 +98,7 @@ class SortedFactors(FactoredGradient):
             vectors = parts[0].vectors
             rows = vectors.new_empty(self._d_sae, vectors.shape[1])
             library, stream = _library.module_for(vectors), _library.stream_of(vectors)
-            library.gradient_rows(self._gradient(parts, slice_width(parts)), rows.data_ptr(), stream)
+            library.gradient_rows(self._gradient(parts, slice_width(parts, 0)), rows.data_ptr(), stream)
             total = total + rows
         return total
 
@@ -110,16 +113,23 @@ class SortedFactors(FactoredGradient):
     def run(self, weight: Tensor, unit_rows: bool, needed: Tensor, step: Step | None) -> Tensor:
         """See the base class."""
         n, d = weight.shape
-        width = d if unit_rows else slice_width(self.parts)
-        squares = torch.zeros(math.ceil(d / width), n, dtype=torch.float32, device=weight.device)
+        lot = min(n, max(1, WORKSPACE_BYTES // (4 * d)))  # of latents, whose gradient is made before it is used
+        if unit_rows:
+            cost = 8 * n * d + (math.ceil(n / lot) - 1) * _bytes(self.parts)
+        else:
+            cost = 0 if step is None or step.copy is None else 4 * n * d
+        width = slice_width(self.parts, cost)
+        slices = 1 if unit_rows else math.ceil(d / width)
+        squares = torch.zeros(slices, n, dtype=torch.float32, device=weight.device)
+        room = torch.empty(lot if unit_rows and width < d else 0, d, dtype=torch.float32, device=weight.device)
         weight_of = weight.data_ptr(), unit_rows, needed.data_ptr(), squares.data_ptr()
-        gradient = self._gradient(self.parts, width, weight_of)
+        gradient, workspace = self._gradient(self.parts, width, weight_of), (room.data_ptr(), room.shape[0])
         library, stream = _library.module_for(weight), _library.stream_of(weight)
         if step is None:
-            library.gradient_squares(gradient, stream)
+            library.gradient_squares(gradient, workspace, stream)
         else:
             addresses = [tensor.data_ptr() for tensor in (weight, *step.moments, step.hyper)]
-            library.row_adam(gradient, addresses, step.rates, step.eps, _copy(step), stream)
+            library.row_adam(gradient, addresses, step.rates, step.eps, _copy(step), workspace, stream)
         return squares.sum(dtype=torch.float64)
 
     def _gradient(
@@ -157,16 +167,22 @@ def _copy(step: Step) -> tuple[int, ...] | None:
     return kind, rows.data_ptr(), LIMITS.get(rows.dtype, 0.0), scale_address, norm.data_ptr(), error.data_ptr()
 
 
-def slice_width(parts: Sequence[Part]) -> int:
+def slice_width(parts: Sequence[Part], cost: int) -> int:
     """Columns that are gone through together, so that those of the vectors take a third of the second-level cache.
 
-    All, where all vectors fit into it. See ``csrc/cuda/row_adam.cu`` for what slices save.
+    All, unless the bytes of vectors that would then come from beyond the cache are more than the `cost` of slices. It is
+    taken to hold as large a share of what is read from it as of the vectors.
     """
-    d, cache = parts[0].vectors.shape[1], cache_bytes(parts[0].vectors.device)
-    column = 4 * sum(part.vectors.shape[0] for part in parts)
-    if column * d <= cache:
+    d, vectors, cache = parts[0].vectors.shape[1], _bytes(parts), cache_bytes(parts[0].vectors.device)
+    gathered = 4 * d * sum(part.values.numel() for part in parts)
+    if vectors <= cache or gathered * (vectors - cache) <= vectors * (vectors + cost):
         return d
-    return min(d, max(SLICE, cache // (3 * column) // SLICE * SLICE))
+    return min(d, max(SLICE, d * cache // (3 * vectors) // SLICE * SLICE))
+
+
+def _bytes(parts: Sequence[Part]) -> int:
+    """Of all vectors, which slices read once."""
+    return 4 * sum(part.vectors.numel() for part in parts)
 
 
 def cache_bytes(device: torch.device) -> int:

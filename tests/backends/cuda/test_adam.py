@@ -30,10 +30,10 @@ def _emulated(emulated, monkeypatch):
 
 
 @pytest.fixture
-def small_cache(monkeypatch):
-    """Vectors do not fit into the second-level cache, so rows are gone through in slices of 8 columns."""
-    monkeypatch.setattr(adam, "SLICE", 8)
-    monkeypatch.setattr(adam, "cache_bytes", lambda device: 1)
+def slices(monkeypatch):
+    """Slices of 8 columns; unit rows in lots of three latents."""
+    monkeypatch.setattr(adam, "slice_width", lambda parts, cost: 8)
+    monkeypatch.setattr(adam, "WORKSPACE_BYTES", 3 * 4 * 20)
 
 
 def random_weight(d, n=N):
@@ -152,12 +152,44 @@ def test_equal_to_torch_adam(d, kinds, unit_rows, clip_norm):
     check_against_torch(d, kinds, unit_rows, clip_norm)
 
 
-@pytest.mark.usefixtures("small_cache")
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize(
     ("d", "kinds", "clip_norm"), [(17, ["fixed"], 0.5), (20, ["csr", "fixed"], 0.5), (40, ["fixed"] * 6, 1e4)]
 )
-def test_slices_are_equal_to_torch_adam(d, kinds, clip_norm):
-    check_against_torch(d, kinds, False, clip_norm)
+def test_slices_are_equal_to_torch_adam(d, kinds, unit_rows, clip_norm):
+    check_against_torch(d, kinds, unit_rows, clip_norm)
+
+
+@pytest.mark.parametrize(
+    ("shape", "encoder", "decoder"),
+    [
+        ((8192, 4096, 131072, 64), 512, 4096),
+        ((8192, 768, 2**20, 32), 768, 768),
+        ((8192, 768, 131072, 32), 768, 768),
+        ((16384, 2304, 65536, 64), 256, 256),
+        ((65536, 2048, 65536, 64), 128, 128),
+    ],
+)
+def test_slices_are_chosen_by_the_bytes_that_they_save(monkeypatch, shape, encoder, decoder):
+    """Those of the table in row_adam.cu; the encoder has a copy and the decoder unit rows."""
+    rows, d, n, k = shape
+    widths = []
+    width_of = adam.slice_width
+    monkeypatch.setattr(adam, "slice_width", lambda parts, cost: widths.append(width_of(parts, cost)) or widths[-1])
+    factors = object.__new__(adam.SortedFactors)
+    by = SimpleNamespace(start=empty(0), order=empty(0), row_of=None, piece_start=empty(0), k=k)
+    factors._d_sae, factors.parts = n, [adam.Part(empty(rows, k), empty(rows, d), by, empty(0))]
+    monkeypatch.setattr(_library, "module_for", lambda tensor: SimpleNamespace(row_adam=lambda *args: None))
+    for unit_rows, copied in [(False, (empty(n, d, dtype=torch.float16), *[empty(n)] * 3)), (True, None)]:
+        kept = copied and SimpleNamespace(cast=copied)
+        plan = adam.Step((empty(n, d), empty(n, d)), empty(3), (0.1, 0.001), 1e-8, kept)
+        factors.run(empty(n, d), unit_rows, empty((), dtype=torch.bool), plan)
+    assert widths == [encoder, decoder]
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def check_against_torch(d, kinds, unit_rows, clip_norm):
@@ -280,13 +312,14 @@ def test_runs_have_the_same_bits_in_whatever_order_threads_run(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_slices_change_no_bit(monkeypatch, small_cache):
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_slices_change_no_bit(monkeypatch, unit_rows):
     weight, parts, results = random_weight(44), random_parts(44, ["fixed", "csr"]), []
-    for cache in (1, 10**9):
-        monkeypatch.setattr(adam, "cache_bytes", lambda device, cache=cache: cache)
+    for width in (8, 44):
+        monkeypatch.setattr(adam, "slice_width", lambda parts, cost, width=width: width)
         mine, kept = weight.clone(), kept_copy(weight, torch.float16)
         state = fresh_state(mine)
-        step(parts, mine, False, state, kept=kept)
+        step(parts, mine, unit_rows, state, kept=kept)
         results.append([mine, *state.values(), *kept.cast])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -315,8 +348,8 @@ def kept_copy(weight, dtype):
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("d", [17, 20, 600])
 def test_the_copy_follows_the_weight(d, unit_rows, dtype, request):
-    if d == 20 and not unit_rows:
-        request.getfixturevalue("small_cache")  # the copy is then made in a pass of its own
+    if d == 20:
+        request.getfixturevalue("slices")  # where the copy is made in a pass of its own, or in lots of latents
     weight = random_weight(d)
     kept = kept_copy(weight, dtype)
     before = weight.clone()
@@ -333,8 +366,8 @@ def test_the_copy_follows_the_weight(d, unit_rows, dtype, request):
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("d", [19, 20])
 def test_a_step_that_is_not_finite_changes_no_byte(d, unit_rows, request):
-    if d == 20 and not unit_rows:
-        request.getfixturevalue("small_cache")
+    if d == 20:
+        request.getfixturevalue("slices")
     weight = random_weight(d)
     state, kept, parts = fresh_state(weight), kept_copy(weight, torch.float16), random_parts(d, ["fixed", "csr"])
     step(parts, weight, unit_rows, state, kept=kept)
