@@ -6,15 +6,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cuda/by_latent.h"
 #include "cuda/candidates.h"
 #include "cuda/device.h"
+#include "cuda/row_adam.h"
 #include "cuda/screen.h"
 
 namespace py = pybind11;
@@ -216,6 +220,103 @@ void gather_rows_at(std::uintptr_t x, std::int64_t stride_bytes, std::uintptr_t 
                 stream_at(stream));
 }
 
+// The update of the weights
+
+// Addresses of values and vectors, the stride of these, start, order, row_of, piece_start, pieces; k.
+using ProductArgs = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t,
+                               std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int32_t>;
+
+// Sums, entries of a piece, n, d, slice; the address of the weight, whether its rows are unit rows, and the addresses of
+// `needed` and `squares`.
+using GradientArgs = std::tuple<std::vector<ProductArgs>, std::int32_t, std::int64_t, std::int32_t, std::int32_t,
+                                std::uintptr_t, bool, std::uintptr_t, std::uintptr_t>;
+
+// ElementType and address of the rounded rows, limit, addresses of scales, norms and errors.
+using CopyArgs = std::tuple<int, std::uintptr_t, float, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+OuterProducts product_of(const ProductArgs& args) {
+    const auto& [values, vectors, stride, start, order, row_of, piece_start, pieces, k] = args;
+    return {at<const float>(values),       at<const float>(vectors),            stride,
+            at<const std::int32_t>(start), at<const std::int32_t>(order),       at<const std::int32_t>(row_of),
+            at<const std::int32_t>(piece_start), at<const float>(pieces), k};
+}
+
+RowGradient gradient_of(const GradientArgs& args) {
+    const auto& [sums, split, n, d, slice, weight, unit_rows, needed, squares] = args;
+    if (sums.size() > kMostSums) throw std::invalid_argument("at most 4 sums of outer products");
+    RowGradient gradient{};
+    gradient.count = static_cast<std::int32_t>(sums.size());
+    for (std::size_t i = 0; i < sums.size(); ++i) gradient.sums[i] = product_of(sums[i]);
+    gradient.split = split;
+    gradient.n = n;
+    gradient.d = d;
+    gradient.slice = slice;
+    gradient.weight = at<const float>(weight);
+    gradient.unit_rows = unit_rows;
+    gradient.needed = at<const std::uint8_t>(needed);
+    gradient.squares = at<float>(squares);
+    return gradient;
+}
+
+void bind_sort_by_latent(std::uintptr_t latent, std::int64_t entries, std::int64_t d_sae, std::int64_t split,
+                         const std::array<std::uintptr_t, 4>& out, std::uintptr_t workspace, std::uintptr_t stream) {
+    const EntriesByLatent to{at<std::int32_t>(out[0]), at<std::int32_t>(out[1]), at<std::int32_t>(out[2]),
+                             at<std::int32_t>(out[3])};
+    sort_by_latent(at<const std::int32_t>(latent), entries, d_sae, split, to, at<void>(workspace), stream_at(stream));
+}
+
+void bind_sum_pieces(const ProductArgs& product, std::uintptr_t piece_latent, std::int64_t pieces, std::int64_t n,
+                     std::int32_t d, std::int32_t split, std::int32_t slice, std::uintptr_t sums, std::uintptr_t stream) {
+    sum_pieces(product_of(product), at<const std::int32_t>(piece_latent), pieces, n, d, split, slice, at<float>(sums),
+               stream_at(stream));
+}
+
+void bind_bound_rows(const GradientArgs& gradient, const std::vector<std::uintptr_t>& norms, std::uintptr_t bounds,
+                     std::uintptr_t stream) {
+    const RowGradient of = gradient_of(gradient);
+    std::vector<const float*> lengths;
+    for (const std::uintptr_t norm : norms) lengths.push_back(at<const float>(norm));
+    lengths.resize(kMostSums);
+    bound_rows(of, lengths.data(), at<float>(bounds), stream_at(stream));
+}
+
+// `workspace`: its address, and how many rows it has.
+void bind_gradient_squares(const GradientArgs& gradient, const std::tuple<std::uintptr_t, std::int64_t>& workspace,
+                           std::uintptr_t stream) {
+    const auto& [rows, count] = workspace;
+    gradient_squares(gradient_of(gradient), {at<float>(rows), count}, stream_at(stream));
+}
+
+void bind_gradient_rows(const GradientArgs& gradient, std::uintptr_t rows, std::uintptr_t stream) {
+    gradient_rows(gradient_of(gradient), at<float>(rows), stream_at(stream));
+}
+
+// `arrays`: addresses of the weight, both moments and the hyperparameters.
+void bind_row_adam(const GradientArgs& gradient, const std::array<std::uintptr_t, 4>& arrays,
+                   const std::array<float, 2>& rates, float eps, const std::optional<CopyArgs>& copy,
+                   const std::tuple<std::uintptr_t, std::int64_t>& workspace, std::uintptr_t stream) {
+    AdamStep step{at<float>(arrays[0]), at<float>(arrays[1]), at<float>(arrays[2]), at<const float>(arrays[3]),
+                  rates[0], rates[1], eps, {}};
+    if (copy) {
+        const auto& [type, rows, limit, scale, norm, error] = *copy;
+        step.copy = {static_cast<ElementType>(type), at<void>(rows), limit, at<float>(scale), at<float>(norm),
+                     at<float>(error)};
+    }
+    const auto& [room, count] = workspace;
+    row_adam(gradient_of(gradient), step, {at<float>(room), count}, stream_at(stream));
+}
+
+void bind_updates(py::module_& m) {
+    m.def("most_pieces", &most_pieces);
+    m.def("sort_workspace", &sort_workspace);
+    m.def("sort_by_latent", &bind_sort_by_latent, Released());
+    m.def("sum_pieces", &bind_sum_pieces, Released());
+    m.def("bound_rows", &bind_bound_rows, Released());
+    m.def("gradient_squares", &bind_gradient_squares, Released());
+    m.def("gradient_rows", &bind_gradient_rows, Released());
+    m.def("row_adam", &bind_row_adam, Released());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
@@ -245,4 +346,6 @@ PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
         },
         py::arg("unit"), py::arg("token_tiles"), py::arg("bucket_tiles"), py::arg("group"),
         "The tile of tokens and the tile of buckets of a unit of work of the screen.");
+
+    bind_updates(m);
 }
