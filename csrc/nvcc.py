@@ -32,7 +32,7 @@ class Object(NamedTuple):
     @property
     def complaints(self) -> list[str]:
         """Warnings, and the advice that ptxas numbers: that it serialized matmuls or ignored a register count."""
-        return [line for line in self.log.splitlines() if re.search(r"warning|\(C\d{4}\)", line, re.IGNORECASE)]
+        return [line for line in self.log.splitlines() if re.search(r"\bwarning\b|\(C\d{4}\)", line, re.IGNORECASE)]
 
 
 def find() -> str | None:
@@ -64,7 +64,7 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
     include = [HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags += [f"-DSPARSEKERN_CUDA_ARCHS={','.join(archs)}", *(f"-I{path}" for path in include)]
+    flags += ["-DSPARSEKERN_CUDA_ARCHS=" + r"\,".join(archs), *(f"-I{path}" for path in include)]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     common = hashlib.sha256(f"{version} {flags} {pybind11.__version__}".encode())
     for header in headers():
