@@ -28,7 +28,7 @@ namespace sparsekern::cuda {
 
 // Tensor maps, on the host.
 
-struct alignas(64) TensorMap {
+struct TensorMap {
     CUtensorMap map;
 };
 
@@ -164,7 +164,7 @@ __device__ __forceinline__ void mbarrier_arrive_remote(Mbarrier* barrier, unsign
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(detail::shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(detail::shared_address(barrier)),
         "r"(rank)
         : "memory");
 }
