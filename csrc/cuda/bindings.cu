@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -14,6 +15,7 @@
 
 #include "cuda/candidates.h"
 #include "cuda/device.h"
+#include "cuda/screen.h"
 
 namespace py = pybind11;
 using namespace sparsekern::cuda;
@@ -81,13 +83,40 @@ py::dict device_info() {
 
 #endif
 
-// The name of a torch.dtype.
+// By torch's names.
 ElementType element_type(const std::string& name) {
     if (name == "float32") return ElementType::float32;
     if (name == "float16") return ElementType::float16;
     if (name == "bfloat16") return ElementType::bfloat16;
     if (name == "float8_e4m3fn") return ElementType::float8_e4m3;
-    throw std::invalid_argument("no kernel has elements of type " + name);
+    throw std::invalid_argument("there are no kernels for " + name);
+}
+
+// Order, offsets, first_tile, tile_expert, n_active, n_experts.
+using Slots = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int32_t, std::int32_t>;
+
+void screen_at(const std::string& type, std::uintptr_t x, std::int64_t x_stride, std::uintptr_t x_scale,
+               std::uintptr_t weight, std::int64_t weight_stride, std::uintptr_t weight_scale, std::uintptr_t bias,
+               const std::string& bias_type, std::uintptr_t keys, std::int64_t rows, std::int64_t d,
+               std::int64_t n_real, std::int64_t n_buckets, std::int64_t n_members, int keep, bool absolute,
+               int cluster, const std::optional<Slots>& slots, std::uintptr_t stream) {
+    ScreenArgs args{element_type(type), at<void>(x), x_stride, at<float>(x_scale), at<void>(weight), weight_stride,
+                    at<float>(weight_scale), at<void>(bias), element_type(bias_type), at<float>(keys), rows, d, n_real,
+                    n_buckets, n_members, keep, absolute, cluster, nullptr};
+    ScreenSlots tables{};
+    if (slots) {
+        const auto [order, offsets, first_tile, tile_expert, n_active, n_experts] = *slots;
+        tables = {at<std::int32_t>(order), at<std::int32_t>(offsets), at<std::int32_t>(first_tile),
+                  at<std::int32_t>(tile_expert), n_active, n_experts};
+        args.slots = &tables;
+    }
+    screen(args, stream_at(stream));
+}
+
+void gather_rows_at(std::uintptr_t x, std::int64_t stride_bytes, std::uintptr_t order, std::int32_t n_active,
+                    std::uintptr_t out, std::int64_t rows, std::int64_t row_bytes, std::uintptr_t stream) {
+    gather_rows(at<void>(x), stride_bytes, at<std::int32_t>(order), n_active, at<void>(out), rows, row_bytes,
+                stream_at(stream));
 }
 
 // The structs of candidates.h as tuples, in the order of their members; 0 for a nullptr.
@@ -183,7 +212,6 @@ void define(py::module_& m) {
 }
 
 }  // namespace candidates_of
-
 }  // namespace
 
 PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
@@ -192,6 +220,25 @@ PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
 
     m.def("device_info", &device_info,
           "What the kernels were compiled for and by, the CUDA runtime in them, and the driver or why there is none.");
+
+    m.def("screen", &screen_at, Released(), py::arg("type"), py::arg("x"), py::arg("x_stride"), py::arg("x_scale"),
+          py::arg("weight"), py::arg("weight_stride"), py::arg("weight_scale"), py::arg("bias"), py::arg("bias_type"),
+          py::arg("keys"), py::arg("rows"), py::arg("d"), py::arg("n_real"), py::arg("n_buckets"),
+          py::arg("n_members"), py::arg("keep"), py::arg("absolute"), py::arg("cluster"), py::arg("slots"),
+          py::arg("stream"),
+          "Keys [rows, keep, n_buckets] of tokens x by latents of weight; addresses are 0 for what there is not. Slots:\n"
+          "order, offsets, first_tile, tile_expert, n_active, n_experts, or None. See csrc/cuda/screen.h.");
+    m.def("gather_rows", &gather_rows_at, Released(), py::arg("x"), py::arg("stride_bytes"), py::arg("order"),
+          py::arg("n_active"), py::arg("out"), py::arg("rows"), py::arg("row_bytes"), py::arg("stream"),
+          "out[i] = x[order[i] // n_active], rows of a multiple of 16 bytes.");
+    m.def(
+        "screen_tile_of",
+        [](std::int32_t unit, std::int32_t token_tiles, std::int32_t bucket_tiles, std::int32_t group) {
+            const ScreenTile tile = screen_tile_of(unit, token_tiles, bucket_tiles, group);
+            return std::make_tuple(tile.tokens, tile.buckets);
+        },
+        py::arg("unit"), py::arg("token_tiles"), py::arg("bucket_tiles"), py::arg("group"),
+        "The tile of tokens and the tile of buckets of a unit of work of the screen.");
 
     candidates_of::define(m);
 }
