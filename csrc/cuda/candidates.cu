@@ -141,7 +141,7 @@ __host__ __device__ __forceinline__ int staged_vectors(int d) {
 }
 
 template <class T, bool Aligned>
-__device__ void stage(Pack16* to, const T* row, int d) {
+__device__ __forceinline__ void stage(Pack16* to, const T* row, int d) {
     for (int i = threadIdx.x; i < staged_vectors<T>(d); i += blockDim.x)
         to[i] = load_vector<T, Aligned>(row, i * kInVector<T>, d);
 }
@@ -193,7 +193,7 @@ __device__ __forceinline__ unsigned sum_before(unsigned value, unsigned* warps, 
 }
 
 // Sorts `size` numbers in shared memory, falling; a power of two.
-__device__ void sort_falling(std::uint64_t* numbers, int size) {
+__device__ __forceinline__ void sort_falling(std::uint64_t* numbers, int size) {
     for (int run = 2; run <= size; run *= 2) {
         for (int stride = run / 2; stride > 0; stride /= 2) {
             for (int pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
@@ -213,7 +213,7 @@ __device__ void sort_falling(std::uint64_t* numbers, int size) {
 // `space`, a power of two and at least twice `top`. fill(first, count, to) is to write numbers first … first + count − 1
 // there, with all threads of the block.
 template <class Fill>
-__device__ void keep_largest(std::uint64_t* best, int top, int space, std::int64_t total, Fill fill) {
+__device__ __forceinline__ void keep_largest(std::uint64_t* best, int top, int space, std::int64_t total, Fill fill) {
     int filled = 0;
     for (std::int64_t done = 0; done < total || filled == 0;) {
         const int more = static_cast<int>(min_of<std::int64_t>(space - filled, total - done));
@@ -230,7 +230,7 @@ __device__ void keep_largest(std::uint64_t* best, int top, int space, std::int64
 }
 
 // A row to be repaired, asked for by one thread or several.
-__device__ void ask_for_repair(const Candidates& out, std::int64_t row) {
+__device__ __forceinline__ void ask_for_repair(const Candidates& out, std::int64_t row) {
     if (atomicCAS(&out.repaired[row], 0, -1) != 0) return;
     const int place = atomicAdd(out.waiting, 1);
     out.waiting[1 + place] = static_cast<std::int32_t>(row);
@@ -336,8 +336,14 @@ __device__ __forceinline__ float key_of(float score, int member, int member_bits
     return __uint_as_float((__float_as_uint(score) & ~0u << member_bits) | static_cast<unsigned>(member));
 }
 
+__device__ __forceinline__ float number_at(const void* numbers, ElementType type, std::int64_t place) {
+    if (type == ElementType::float16) return to_float(static_cast<const f16*>(numbers)[place]);
+    if (type == ElementType::bfloat16) return to_float(static_cast<const bf16*>(numbers)[place]);
+    return static_cast<const float*>(numbers)[place];
+}
+
 // A thread has `Wide` neighbouring buckets of one row, so that it reads 16 bytes at a time where it can.
-template <class T, class Bias, int Keep, int Wide>
+template <class T, int Keep, int Wide>
 __global__ void __launch_bounds__(128) bucket_kernel(const __grid_constant__ PanelParams p) {
     const Panel& panel = p.panel;
     const int n_buckets = p.keys.n_buckets, groups = ceil_div(n_buckets, Wide);
@@ -375,7 +381,7 @@ __global__ void __launch_bounds__(128) bucket_kernel(const __grid_constant__ Pan
             float score = at_least(to_float(scores[b]), kLowest);
             score = min_of(score, kHighest);  // float16 overflows
             if (panel.x_scale) score *= by_row * panel.weight_scale[latent + b];
-            if (panel.bias) score += at_least(to_float(static_cast<const Bias*>(panel.bias)[latent + b]), kLowest);
+            if (panel.bias) score += at_least(number_at(panel.bias, panel.bias_type, latent + b), kLowest);
             if (panel.absolute) score = fabsf(score);
             float key = key_of(score, panel.first_member + member, p.keys.member_bits);
 #pragma unroll
@@ -432,7 +438,7 @@ __device__ __forceinline__ void find_bin(const unsigned* bins, int wanted, int* 
 }
 
 // The k-th largest of the numbers in shared memory, its lowest bits zero: the least score it can stand for.
-__device__ std::uint32_t kth_largest(const std::uint32_t* numbers, int count, int k, int low_bits, SelectShared& shared) {
+__device__ __forceinline__ std::uint32_t kth_largest(const std::uint32_t* numbers, int count, int k, int low_bits, SelectShared& shared) {
     std::uint32_t prefix = 0;
     int wanted = k;
     for (int decided = 0; decided < 32 - low_bits;) {
@@ -785,22 +791,13 @@ void bucket_panel(const Panel& panel, const Keys& keys, float* out, Stream strea
     const int width = static_cast<int>(16 / size);
     const bool vectors = aligned(panel.scores, keys.n_buckets, panel.type);
     const std::int64_t threads = panel.rows * ceil_div(keys.n_buckets, vectors ? width : 1);
-    const auto run = [&](auto type, auto bias) {
-        using T = decltype(type);
-        using Bias = decltype(bias);
-        constexpr int kWide = kInVector<T>;
-        const auto kernel = keys.keep == 1   ? (vectors ? bucket_kernel<T, Bias, 1, kWide> : bucket_kernel<T, Bias, 1, 1>)
-                            : keys.keep == 2 ? (vectors ? bucket_kernel<T, Bias, 2, kWide> : bucket_kernel<T, Bias, 2, 1>)
-                                             : (vectors ? bucket_kernel<T, Bias, 3, kWide> : bucket_kernel<T, Bias, 3, 1>);
-        launch("bucket_panel", kernel, {ceil_div(threads, 128), 128}, stream, PanelParams{panel, keys, out});
-    };
     with_type(panel.type, [&](auto type) {
-        // A screen of 16 bits may be that of weights, and of a bias, of 32.
-        if (panel.bias && panel.bias_type != panel.type) {
-            if (panel.bias_type != ElementType::float32) throw std::invalid_argument("a bias of another type is float32");
-            return run(type, float{});
-        }
-        return run(type, type);
+        using T = decltype(type);
+        constexpr int kWide = kInVector<T>;
+        const auto kernel = keys.keep == 1   ? (vectors ? bucket_kernel<T, 1, kWide> : bucket_kernel<T, 1, 1>)
+                            : keys.keep == 2 ? (vectors ? bucket_kernel<T, 2, kWide> : bucket_kernel<T, 2, 1>)
+                                             : (vectors ? bucket_kernel<T, 3, kWide> : bucket_kernel<T, 3, 1>);
+        launch("bucket_panel", kernel, {ceil_div(threads, 128), 128}, stream, PanelParams{panel, keys, out});
     });
 }
 

@@ -104,8 +104,8 @@ struct Panel {
     Rows scores;                // [rows, members · n_buckets]
     const float* x_scale;       // [rows], or nullptr
     const float* weight_scale;  // [n], or nullptr
-    const void* bias;           // [n] of `bias_type`, or nullptr
-    ElementType bias_type;
+    const void* bias;           // [n], or nullptr
+    ElementType bias_type;      // float32, float16 or bfloat16
     std::int64_t rows, n;
     int first_member, members;
     bool absolute;

@@ -162,11 +162,11 @@ NATIVE_TEST(candidates) {
     //                 tokens  d gap   n own exp share across keep k room
     const Case cases[] = {{4, 12, 0, 300, 1, 0, 1, 32, 3, 5, 64, true, false, false, 0.5f},
                           {4, 12, 4, 300, 1, 0, 1, 32, 3, 5, 64, false, true, true, 0.5f},
-                          {3, 7, 1, 70, 1, 0, 1, 70, 1, 3, 40, true, false, true, 0.0f},
+                          {3, 7, 1, 70, 1, 0, 1, 70, 1, 3, 40, false, false, true, 0.0f},
                           {3, 530, 0, 90, 1, 0, 1, 10, 2, 4, 64, false, false, true, 0.5f},
-                          {3, 8, 0, 60, 2, 3, 1, 15, 3, 4, 64, true, false, false, 0.5f},
+                          {3, 8, 0, 60, 2, 3, 1, 15, 3, 4, 64, false, false, false, 0.5f},
                           {3, 8, 8, 60, 1, 3, 2, 15, 3, 2, 32, false, false, false, 0.5f},
-                          {3, 8, 0, 60, 1, 4, 4, 15, 3, 1, 32, true, true, true, 0.5f}};
+                          {3, 8, 0, 60, 1, 4, 4, 15, 3, 1, 32, false, true, true, 0.5f}};
     for (const Case& c : cases) {
         check_case<float>(c);
         check_case<bf16>(c);
