@@ -451,7 +451,7 @@ void later(std::string what, std::function<void()> action) {
     Unseen unseen;
     Machine& m = machine();
     m.worked = true;
-    m.actions.push_back({draw(6), std::move(what), std::move(action), std::make_unique<char>()});
+    m.actions.push_back({1 + draw(6), std::move(what), std::move(action), std::make_unique<char>()});
     release(m.actions.back().tag.get());
 }
 

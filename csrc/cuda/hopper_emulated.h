@@ -257,8 +257,8 @@ inline void tensor_load(void* to, const TensorMap& map, Mbarrier* barrier, int r
     for (int i = 1; i < map.rank; ++i) bytes *= map.box[i];
     if (map.rank != rank) fail("a tensor map of rank " + std::to_string(map.rank) + " in a copy of another");
     if (ranks == 0) fail("a copy to no block");
+    if (shared_offset(to, 1, "the target of a tensor copy") % 128) fail("a tensor copy to no multiple of 128 bytes");
     const std::size_t offset = shared_offset(to, bytes, "the target of a tensor copy");
-    if (offset % 128) fail("a tensor copy to no multiple of 128 bytes");
     const std::size_t at = shared_offset(barrier, sizeof *barrier, "the mbarrier of a tensor copy");
     for (unsigned r = 0; r < 16; ++r) {
         if (!(ranks >> r & 1)) continue;
