@@ -19,6 +19,7 @@
 #include "cuda/candidates.h"
 #include "cuda/device.h"
 #include "cuda/row_adam.h"
+#include "cuda/row_topk.h"
 #include "cuda/screen.h"
 
 namespace py = pybind11;
@@ -317,6 +318,61 @@ void bind_updates(py::module_& m) {
     m.def("row_adam", &bind_row_adam, Released());
 }
 
+// Streaming top-k of rows.
+ElementType key_type(const std::string& name) {
+    if (name == "float32") return ElementType::float32;
+    if (name == "float16") return ElementType::float16;
+    if (name == "bfloat16") return ElementType::bfloat16;
+    throw std::invalid_argument("row_topk: keys must be float32, bfloat16 or float16, not " + name);
+}
+
+void bind_row_topk(py::module_& m) {
+    py::class_<RowTopkPlan>(m, "RowTopkPlan", "How a row_topk is carried out.")
+        .def_readwrite("sample", &RowTopkPlan::sample)
+        .def_readwrite("rank", &RowTopkPlan::rank)
+        .def_readwrite("parts", &RowTopkPlan::parts)
+        .def_readwrite("list", &RowTopkPlan::list)
+        .def_readwrite("rows_at_once", &RowTopkPlan::rows_at_once)
+        .def_readonly("expected", &RowTopkPlan::expected)
+        .def_readonly("failure", &RowTopkPlan::failure)
+        .def_property_readonly("workspace", &row_topk_workspace);
+    m.def(
+        "row_topk_plan",
+        [](std::int64_t rows, std::int64_t n, int k, int key_bytes) {
+            return row_topk_plan(rows, n, k, key_bytes, multiprocessors());
+        },
+        "For the current device.");
+    m.def(
+        "row_topk",
+        [](std::uintptr_t keys, const std::string& type, std::int64_t rows, std::int64_t n, std::int64_t stride, int k,
+           std::uintptr_t values, std::uintptr_t indices, std::uintptr_t passes, std::uintptr_t workspace,
+           const RowTopkPlan& plan, std::uintptr_t stream) {
+            const RowTopk call{at<const void>(keys),
+                               key_type(type),
+                               rows,
+                               n,
+                               stride,
+                               k,
+                               at<void>(values),
+                               at<std::int32_t>(indices),
+                               at<std::int32_t>(passes),
+                               at<void>(workspace)};
+            row_topk(call, plan, stream_at(stream));
+        },
+        Released());
+    // The plain functions of row_topk.h, for tests.
+    m.def("row_topk_too_few", &too_few_probability);
+    m.def("row_topk_too_many", &too_many_probability);
+    m.def("row_topk_part_begin", &part_begin);
+    m.def("row_topk_sample", [](int cells, int packs) {
+        int bits = 0;
+        while (1 << bits < cells) ++bits;
+        std::vector<int> chosen;
+        for (int cell = 0; cell < cells; ++cell) chosen.push_back(sampled_pack(cell, bits, packs));
+        return chosen;
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
@@ -348,4 +404,5 @@ PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
         "The tile of tokens and the tile of buckets of a unit of work of the screen.");
 
     bind_updates(m);
+    bind_row_topk(m);
 }
