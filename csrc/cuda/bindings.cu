@@ -191,9 +191,6 @@ void define(py::module_& m) {
 
 }  // namespace candidates_of
 
-    throw std::invalid_argument("there are no kernels for " + name);
-}
-
 // Order, offsets, first_tile, tile_expert, n_active, n_experts.
 using Slots = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int32_t, std::int32_t>;
 
