@@ -284,6 +284,7 @@ void carry_out(std::size_t place) {
     const Action action = std::move(m.actions[place]);
     m.actions.erase(m.actions.begin() + static_cast<std::ptrdiff_t>(place));
     m.worked = true;
+    std::exception_ptr error;
 #if defined(__SANITIZE_THREAD__)
     void*& fiber = m.action_fibers[m.next_action_fiber++ % std::size(m.action_fibers)];
     if (!fiber) fiber = __tsan_create_fiber(0);
@@ -291,7 +292,6 @@ void carry_out(std::size_t place) {
     acquire(&m.started);
     acquire(action.tag.get());
 #endif
-    std::exception_ptr error;
     try {
         action.act();
     } catch (...) {
