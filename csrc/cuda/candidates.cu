@@ -30,10 +30,12 @@ int power_of_two(int least) {
     return power;
 }
 
-// Whether rows can be read 16 bytes at a time.
+// Whether numbers can be read 16 bytes at a time.
+bool aligned(const void* numbers) { return reinterpret_cast<std::uintptr_t>(numbers) % 16 == 0; }
+
 bool aligned(const Rows& rows, int d, ElementType type) {
     const std::size_t size = size_of(type);
-    return reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && rows.stride * size % 16 == 0 && d * size % 16 == 0;
+    return aligned(rows.data) && rows.stride * size % 16 == 0 && d * size % 16 == 0;
 }
 
 // Numbers in order
@@ -213,10 +215,10 @@ __device__ __forceinline__ void sort_falling(std::uint64_t* numbers, int size) {
 // `space`, a power of two and at least twice `top`. fill(first, count, to) is to write numbers first … first + count − 1
 // there, with all threads of the block.
 template <class Fill>
-__device__ __forceinline__ void keep_largest(std::uint64_t* best, int top, int space, std::int64_t total, Fill fill) {
+__device__ __forceinline__ void keep_largest(std::uint64_t* best, int top, int space, int total, Fill fill) {
     int filled = 0;
-    for (std::int64_t done = 0; done < total || filled == 0;) {
-        const int more = static_cast<int>(min_of<std::int64_t>(space - filled, total - done));
+    for (int done = 0; done < total || filled == 0;) {
+        const int more = min_of(space - filled, total - done);
         fill(done, more, best + filled);
         done += more;
         filled += more;
@@ -237,7 +239,7 @@ __device__ __forceinline__ void ask_for_repair(const Candidates& out, std::int64
     atomicExch(&out.repaired[row], place + 1);
 }
 
-// Of every row that waits; one kernel is done with them before the other begins.
+// Of every row that waits. There are no more of all rows than `slots`.
 __device__ __forceinline__ int parts_of(std::int64_t slots, int waiting) {
     return static_cast<int>(min_of<std::int64_t>(kMostParts, slots / waiting));
 }
@@ -336,15 +338,24 @@ __device__ __forceinline__ float key_of(float score, int member, int member_bits
     return __uint_as_float((__float_as_uint(score) & ~0u << member_bits) | static_cast<unsigned>(member));
 }
 
-__device__ __forceinline__ float number_at(const void* numbers, ElementType type, std::int64_t place) {
-    if (type == ElementType::float16) return to_float(static_cast<const f16*>(numbers)[place]);
-    if (type == ElementType::bfloat16) return to_float(static_cast<const bf16*>(numbers)[place]);
-    return static_cast<const float*>(numbers)[place];
+// Of `Count` neighbouring numbers the first `real`, which are all but at the end.
+template <class N, int Count>
+__device__ __forceinline__ void load_numbers(float (&to)[Count], const void* from, std::int64_t real) {
+    Group<N, Count> group{};
+    if (real >= Count) {
+        group = *static_cast<const Group<N, Count>*>(from);
+    } else {
+#pragma unroll
+        for (int c = 0; c < Count; ++c)
+            if (c < real) group.element[c] = static_cast<const N*>(from)[c];
+    }
+#pragma unroll
+    for (int c = 0; c < Count; ++c) to[c] = to_float(group.element[c]);
 }
 
 // A thread has `Wide` neighbouring buckets of one row, so that it reads 16 bytes at a time where it can.
 template <class T, int Keep, int Wide>
-__global__ void __launch_bounds__(128) bucket_kernel(const __grid_constant__ PanelParams p) {
+__global__ void __launch_bounds__(128, 8) bucket_kernel(const __grid_constant__ PanelParams p) {
     const Panel& panel = p.panel;
     const int n_buckets = p.keys.n_buckets, groups = ceil_div(n_buckets, Wide);
     const std::int64_t place = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -360,30 +371,27 @@ __global__ void __launch_bounds__(128) bucket_kernel(const __grid_constant__ Pan
         for (int b = 0; b < Wide; ++b)
             if (!panel.first_member) best[turn].element[b] = kLowest;
     }
-    const float by_row = panel.x_scale ? panel.x_scale[row] : 1.0f;
+    const float by_row = panel.weight_scale ? panel.x_scale[row] : 1.0f;
     const T* source = static_cast<const T*>(panel.scores.data) + row * panel.scores.stride + bucket;
     for (int member = 0; member < panel.members; ++member, source += n_buckets) {
+        // The last members need not have all buckets, nor the panel's rows room for them.
         const std::int64_t latent = std::int64_t(panel.first_member + member) * n_buckets + bucket;
-        T scores[Wide];
-        if constexpr (Wide == kInVector<T>) {
-            // The last members of a panel need not have all buckets, and its rows need not go on.
-            const Pack16 pack = latent + Wide <= panel.n ? load16_streaming(source) : Pack16{};
-            memcpy(scores, &pack, sizeof pack);
-            if (latent < panel.n && latent + Wide > panel.n)
-                for (int b = 0; b < Wide; ++b)
-                    if (latent + b < panel.n) scores[b] = source[b];
-        } else {
-            scores[0] = latent < panel.n ? source[0] : T{};
-        }
+        const std::int64_t real = panel.n - latent;
+        if (real <= 0) break;
+        float scores[Wide], scales[Wide], biases[Wide];
+        load_numbers<T>(scores, source, real);
+        if (panel.weight_scale) load_numbers<float>(scales, panel.weight_scale + latent, real);
+        if (panel.bias && panel.bias_type == ElementType::float32)
+            load_numbers<float>(biases, static_cast<const float*>(panel.bias) + latent, real);
+        else if (panel.bias)  // of the type of the scores
+            load_numbers<T>(biases, static_cast<const T*>(panel.bias) + latent, real);
 #pragma unroll
         for (int b = 0; b < Wide; ++b) {
-            if (latent + b >= panel.n) continue;
-            float score = at_least(to_float(scores[b]), kLowest);
-            score = min_of(score, kHighest);  // float16 overflows
-            if (panel.x_scale) score *= by_row * panel.weight_scale[latent + b];
-            if (panel.bias) score += at_least(number_at(panel.bias, panel.bias_type, latent + b), kLowest);
+            float score = min_of(at_least(scores[b], kLowest), kHighest);  // float16 overflows
+            if (panel.weight_scale) score *= by_row * scales[b];
+            if (panel.bias) score += at_least(biases[b], kLowest);
             if (panel.absolute) score = fabsf(score);
-            float key = key_of(score, panel.first_member + member, p.keys.member_bits);
+            float key = b < real ? key_of(score, panel.first_member + member, p.keys.member_bits) : kLowest;
 #pragma unroll
             for (int turn = 0; turn < Keep; ++turn) {
                 float& held = best[turn].element[b];
@@ -689,7 +697,7 @@ struct RepairParams {
 
 // The k best of a part of all latents of each row that waits.
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(256) repair_kernel(const __grid_constant__ RepairParams p) {
+__global__ void __launch_bounds__(256, 2) repair_kernel(const __grid_constant__ RepairParams p) {
     std::uint64_t* best = &shared_memory<std::uint64_t>();
     Pack16* x = reinterpret_cast<Pack16*>(best + p.space);
     const Operands& operands = p.operands;
@@ -697,30 +705,36 @@ __global__ void __launch_bounds__(256) repair_kernel(const __grid_constant__ Rep
     if (waiting == 0) return;
     const int parts = parts_of(p.slots, waiting), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int n = p.owners.count * p.owners.n, each = ceil_div(n, parts);
-    for (std::int64_t item = blockIdx.x; item < std::int64_t(waiting) * parts; item += gridDim.x) {
+    for (int item = blockIdx.x; item < waiting * parts; item += gridDim.x) {
         const std::int64_t row = p.candidates.waiting[1 + item / parts], token = row / p.candidates.share;
-        const int begin = min_of(n, static_cast<int>(item % parts) * each), end = min_of(n, begin + each);
+        const int begin = min_of(n, item % parts * each), end = min_of(n, begin + each);
         stage<T, Aligned>(x, static_cast<const T*>(operands.x.data) + token * operands.x.stride, operands.d);
         __syncthreads();
         const auto latent_at = [&](int i) {
             if (!p.owners.experts) return i;
             return p.owners.experts[row * p.owners.count + i / p.owners.n] * p.owners.n + i % p.owners.n;
         };
-        keep_largest(best, p.k, p.space, end - begin, [&](std::int64_t first, int count, std::uint64_t* to) {
+        keep_largest(best, p.k, p.space, end - begin, [&](int first, int count, std::uint64_t* to) {
             for (int i = warp * kTogether; i < count; i += blockDim.x / 32 * kTogether) {
                 std::int32_t latent[kTogether];
 #pragma unroll
                 for (int c = 0; c < kTogether; ++c)
-                    latent[c] = latent_at(begin + static_cast<int>(first) + min_of(i + c, count - 1));
+                    latent[c] = latent_at(begin + first + min_of(i + c, count - 1));
                 float score[kTogether];
                 multiply_rows<T, Aligned>(score, x, operands, latent);
+                // All lanes have all scores, each writes one.
+                float mine = score[0];
+                std::int32_t whose = latent[0];
 #pragma unroll
-                for (int c = 0; c < kTogether; ++c)
-                    if (lane == c && i + c < count)
-                        to[i + c] = packed(with_bias<T>(score[c], operands.bias, latent[c]), latent[c], operands.absolute);
+                for (int c = 1; c < kTogether; ++c) {
+                    mine = lane == c ? score[c] : mine;
+                    whose = lane == c ? latent[c] : whose;
+                }
+                if (lane < kTogether && i + lane < count)
+                    to[i + lane] = packed(with_bias<T>(mine, operands.bias, whose), whose, operands.absolute);
             }
         });
-        for (int i = threadIdx.x; i < p.k; i += blockDim.x) p.spare[item * p.k + i] = best[i];
+        for (int i = threadIdx.x; i < p.k; i += blockDim.x) p.spare[std::int64_t(item) * p.k + i] = best[i];
         __syncthreads();
     }
 }
@@ -744,12 +758,12 @@ __global__ void __launch_bounds__(256) take_kernel(const __grid_constant__ TakeP
     if (repaired) {
         const int parts = parts_of(p.slots, from.waiting[0]);
         const std::uint64_t* source = p.spare + std::int64_t(repaired - 1) * parts * p.k;
-        keep_largest(best, p.k, p.space, std::int64_t(parts) * p.k, [&](std::int64_t first, int count, std::uint64_t* to) {
+        keep_largest(best, p.k, p.space, parts * p.k, [&](int first, int count, std::uint64_t* to) {
             for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = source[first + i];
         });
     } else {
         const std::int64_t begin = row * from.room;
-        keep_largest(best, p.k, p.space, from.count[row], [&](std::int64_t first, int count, std::uint64_t* to) {
+        keep_largest(best, p.k, p.space, from.count[row], [&](int first, int count, std::uint64_t* to) {
             for (int i = threadIdx.x; i < count; i += blockDim.x) {
                 const std::int32_t latent = from.latents[begin + first + i];
                 to[i] = latent < 0 ? kNothing : packed(from.scores[begin + first + i], latent, p.absolute);
@@ -789,7 +803,10 @@ void cast_rows(ElementType type, const Rows& rows, std::int64_t n, int d, const 
 void bucket_panel(const Panel& panel, const Keys& keys, float* out, Stream stream) {
     const std::size_t size = size_of(panel.type);
     const int width = static_cast<int>(16 / size);
-    const bool vectors = aligned(panel.scores, keys.n_buckets, panel.type);
+    if (panel.bias && panel.bias_type != panel.type && panel.bias_type != ElementType::float32)
+        throw std::invalid_argument("the bias of a panel is of its type or float32");
+    const bool vectors = aligned(panel.scores, keys.n_buckets, panel.type) && aligned(panel.bias) &&
+                         aligned(panel.weight_scale);
     const std::int64_t threads = panel.rows * ceil_div(keys.n_buckets, vectors ? width : 1);
     with_type(panel.type, [&](auto type) {
         using T = decltype(type);

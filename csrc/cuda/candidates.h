@@ -105,7 +105,7 @@ struct Panel {
     const float* x_scale;       // [rows], or nullptr
     const float* weight_scale;  // [n], or nullptr
     const void* bias;           // [n], or nullptr
-    ElementType bias_type;      // float32, float16 or bfloat16
+    ElementType bias_type;      // float32, or that of the scores
     std::int64_t rows, n;
     int first_member, members;
     bool absolute;

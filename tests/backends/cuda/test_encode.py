@@ -198,10 +198,10 @@ def test_many_latents_of_a_repaired_token_to_keep(monkeypatch):
     """More than are sorted at one time, in parts that have fewer than are kept."""
     few_buckets(monkeypatch, n_buckets=700, keep=1, room=512)
     monkeypatch.setattr(encode, "SPARE_ROWS", 8)
-    x, weight, bias = whole(2, 8), whole(700, 8), whole(700)
+    x, weight = whole(2, 8), whole(700, 8)
     x[1] = 0
-    found = cuda.topk_encode(x, weight, bias, 300, "none")
-    assert_equal(found, reference.topk_encode(x, weight, bias, 300, "none"))
+    found = cuda.topk_encode(x, weight, None, 300, "none")
+    assert_equal(found, reference.topk_encode(x, weight, None, 300, "none"))
     assert int(cuda.last_encode().repaired) >= 1
 
 
@@ -239,20 +239,21 @@ def test_equal_rows_of_the_weight_have_equal_scores(monkeypatch, latent_by_laten
 
 def test_a_screen_that_errs_more_than_it_should_is_not_believed(monkeypatch):
     """The slack of fp8 is an estimate: where scores are far off, the token is repaired."""
-    x, weight = torch.randn(4, 32), torch.randn(256, 32)
+    x, weight = torch.randn(3, 32), torch.randn(1024, 32)
+    weight[[5, 70, 700]] = 2 * x  # clear winners
     fused = encode.fused_keys
 
     def wrong(keys, *rest):
         fused(keys, *rest)
-        keys[2] *= 1.5
+        keys[1] *= 1.5
 
     monkeypatch.setattr(encode, "fused_keys", wrong)
     for latent_by_latent in (False, True):
         monkeypatch.setattr(encode, "by_latent", lambda *_, on=latent_by_latent: on)
-        check(*cuda.topk_encode(x, weight, None, 4, "fp8"), x, weight, None, 4)
+        check(*cuda.topk_encode(x, weight, None, 1, "fp8"), x, weight, None, 1)
         ((count, repaired),) = screening.last
-        assert (repaired != 0).tolist() == [False, False, True, False]
-        assert count.max() < 256
+        assert (repaired != 0).tolist() == [False, True, False]
+        assert count.max() <= 64
 
 
 def test_chunks_and_panels_change_nothing(monkeypatch):
@@ -405,7 +406,7 @@ def check_routed(tensors, routed, k, per_expert=False, screen="auto"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routed(per_expert, crowd, dtype):
     tensors, routed = problem(6, 16, 5, 2, 128, dtype, crowd)
-    for k, bias in ((1, tensors[2]), (7, None)):
+    for k, bias in ((1, tensors[2]), (3, None)):
         check_routed([*tensors[:2], bias], routed, k, per_expert)
 
 
@@ -528,7 +529,7 @@ def test_plans():
             if plan is None:
                 assert (n, k) == (2**22, 384)
                 continue
-            assert plan.n_buckets * plan.n_members >= n > plan.n_buckets * (plan.n_members - 1)
+            assert plan.n_buckets * plan.n_members >= n
             assert min(plan.keep, plan.n_members) * plan.n_buckets >= k
             assert plan.n_members <= 1 << plan.member_bits <= 2**12
             assert plan.room >= 4 * k
@@ -548,8 +549,8 @@ def test_plans():
 
 
 def test_routed_plans():
-    for n, k in [(2**14, 4), (2**17, 32), (2**17, 64), (2**20, 64)]:
-        for n_experts in (8, 32, 128):
+    for n, k in [(2**14, 1), (2**17, 32), (2**20, 64)]:
+        for n_experts in (8, 32):
             for n_active in (1, 2, 8):
                 for per_expert in (False, True):
                     shape = (8192, n_active, n_experts, 768, n // n_experts, k, torch.float32, "auto", (9, 0))
@@ -558,6 +559,8 @@ def test_routed_plans():
                     assert plan.n_buckets * plan.n_members == owners * (n // n_experts), shape
                     assert plan.n_buckets // owners % 8 == plan.n_members % 16 == 0
                     assert k <= 3 * plan.n_buckets <= plans.MOST_KEYS
+    crowded = (8192, 1, 128, 768, 1024, 64, torch.float32, "auto", (9, 0))
+    assert cuda.routed_plan(*crowded, has_copy=True, per_expert=False) is None
     shape = (8192, 2, 8, 768, 1000, 32, torch.float32, "auto")
     assert cuda.routed_plan(*shape, (9, 0), has_copy=True, per_expert=False) is None
     shape = (8192, 2, 8, 768, 1024, 32, torch.float32, "auto")
