@@ -47,6 +47,7 @@ struct RowShape {
     static constexpr int kChunks = Numbers / Width;
     static constexpr int kFlight = Flight;
     static constexpr int kBlocks = 512 / Threads;  // on a multiprocessor, at least: 128 registers a thread
+    static constexpr bool kEarlyMoments = Numbers <= 16;  // there is room for them beside the gradient and the weight
 };
 
 template <class S>
@@ -100,38 +101,67 @@ __device__ __forceinline__ void load_row(float (&to)[S::kNumbers], const float* 
     });
 }
 
-// Reads a row that this block may replace, so not through the read-only path. It is marked to leave the second-level
-// cache first, as is what replaces it: vectors are to stay there.
+// Reads a chunk of a row that this block may replace, so not through the read-only path. It is marked to leave the
+// second-level cache first, as is what replaces it: vectors are to stay there.
+template <class S>
+__device__ __forceinline__ void load_own_chunk(float (&to)[S::kNumbers], const float* row, const Columns<S>& columns,
+                                               int chunk) {
+    const float* from = row + columns[chunk];
+    if constexpr (S::kWidth == 4) {
+#if defined(__CUDACC__)
+        const float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+        to[4 * chunk] = four.x, to[4 * chunk + 1] = four.y, to[4 * chunk + 2] = four.z, to[4 * chunk + 3] = four.w;
+#else
+        std::memcpy(&to[4 * chunk], from, 16);
+#endif
+    } else {
+        to[chunk] = *from;
+    }
+}
+
 template <class S>
 __device__ __forceinline__ void load_own_row(float (&to)[S::kNumbers], const float* row, const Columns<S>& columns) {
-    columns.each_chunk([&](int chunk) {
-        const float* from = row + columns[chunk];
-        if constexpr (S::kWidth == 4) {
-#if defined(__CUDACC__)
-            const float4 four = __ldcs(reinterpret_cast<const float4*>(from));
-            to[4 * chunk] = four.x, to[4 * chunk + 1] = four.y, to[4 * chunk + 2] = four.z, to[4 * chunk + 3] = four.w;
-#else
-            std::memcpy(&to[4 * chunk], from, 16);
-#endif
-        } else {
-            to[chunk] = *from;
-        }
-    });
+    columns.each_chunk([&](int chunk) { load_own_chunk<S>(to, row, columns, chunk); });
+}
+
+template <class S>
+__device__ __forceinline__ void store_chunk(float* row, const float (&from)[S::kNumbers], const Columns<S>& columns,
+                                            int chunk) {
+    float* to = row + columns[chunk];
+    if constexpr (S::kWidth == 4) {
+        Pack16 pack;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pack.word[i] = __float_as_uint(from[4 * chunk + i]);
+        store16_streaming(to, pack);
+    } else {
+        *to = from[chunk];
+    }
 }
 
 template <class S>
 __device__ __forceinline__ void store_row(float* row, const float (&from)[S::kNumbers], const Columns<S>& columns) {
-    columns.each_chunk([&](int chunk) {
-        float* to = row + columns[chunk];
-        if constexpr (S::kWidth == 4) {
-            Pack16 pack;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) pack.word[i] = __float_as_uint(from[4 * chunk + i]);
-            store16_streaming(to, pack);
-        } else {
-            *to = from[chunk];
-        }
-    });
+    columns.each_chunk([&](int chunk) { store_chunk<S>(row, from, columns, chunk); });
+}
+
+// To within 2 units in the last place. Correctly rounded ones call functions for rare cases, which costs registers.
+__device__ __forceinline__ float quotient(float a, float b) {
+#if defined(__CUDACC__)
+    float result;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a / b;
+#endif
+}
+
+__device__ __forceinline__ float root(float a) {
+#if defined(__CUDACC__)
+    float result;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
+    return result;
+#else
+    return sqrtf(a);
+#endif
 }
 
 // total += sum of factor[f] * row[f], where a row may be nullptr. The same rows for all threads of a warp.
@@ -280,7 +310,7 @@ __device__ __forceinline__ void store_rounded(const float (&row)[S::kNumbers], f
 #pragma unroll
         for (int i = 0; i < S::kWidth; ++i) {
             const float number = row[chunk * S::kWidth + i];
-            pack.of[i] = rounded_to<T>(number / scale);
+            pack.of[i] = rounded_to<T>(quotient(number, scale));
             const float off = number - to_float(pack.of[i]) * scale;
             error = fmaf(off, off, error);
         }
@@ -293,7 +323,7 @@ template <class S>
 __device__ __forceinline__ void refresh_copy(const RoundedRows& copy, std::int64_t latent, std::int32_t d,
                                              const float (&row)[S::kNumbers], float largest, const Columns<S>& columns,
                                              RowMemory<S>* memory) {
-    const float scale = copy.limit > 0 ? fmaxf(largest / copy.limit, 1e-30f) : 1.0f;
+    const float scale = copy.limit > 0 ? fmaxf(quotient(largest, copy.limit), 1e-30f) : 1.0f;
     float sums[2] = {0, 0};  // of the squares of the row, and of what rounding changes
     columns.each_number([&](int i) { sums[0] = fmaf(row[i], row[i], sums[0]); });
     const std::int64_t place = latent * d;
@@ -306,8 +336,8 @@ __device__ __forceinline__ void refresh_copy(const RoundedRows& copy, std::int64
     combine_over_block<S, 2, 0>(sums, &memory->rounded);
     if (threadIdx.x == 0) {
         if (copy.limit > 0) copy.scale[latent] = scale;
-        copy.norm[latent] = sqrtf(sums[0]);
-        copy.error[latent] = sqrtf(sums[1]);
+        copy.norm[latent] = root(sums[0]);
+        copy.error[latent] = root(sums[1]);
     }
 }
 
@@ -341,7 +371,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
     if (p.given && any) load_own_row<S>(gradient, p.given + place, columns);
 
     float first[S::kNumbers], second[S::kNumbers];
-    if (update) {
+    if (update && S::kEarlyMoments) {
         load_own_row<S>(first, a.first_moment + place, columns);
         load_own_row<S>(second, a.second_moment + place, columns);
     }
@@ -357,17 +387,24 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
     float totals[3] = {0, 0, 0};  // the squares of the gradient, those of the new row, and its largest magnitude
     columns.each_number([&](int i) { totals[0] = fmaf(gradient[i], gradient[i], totals[0]); });
     if (update) {
-        const float rate = a.hyper[0], inverse_root = 1 / a.hyper[1], clip = a.hyper[2];
-        columns.each_number([&](int i) {
-            const float clipped = clip * gradient[i];
-            first[i] = fmaf(a.first_rate, clipped - first[i], first[i]);
-            second[i] = fmaf(a.second_rate, clipped * clipped - second[i], second[i]);
-            row[i] -= rate * first[i] / fmaf(sqrtf(second[i]), inverse_root, a.eps);
-            totals[1] = fmaf(row[i], row[i], totals[1]);
-            totals[2] = fmaxf(totals[2], fabsf(row[i]));
+        const float rate = a.hyper[0], inverse_root = quotient(1, a.hyper[1]), clip = a.hyper[2];
+        columns.each_chunk([&](int chunk) {
+            if (!S::kEarlyMoments) {
+                load_own_chunk<S>(first, a.first_moment + place, columns, chunk);
+                load_own_chunk<S>(second, a.second_moment + place, columns, chunk);
+            }
+#pragma unroll
+            for (int i = chunk * S::kWidth; i < (chunk + 1) * S::kWidth; ++i) {
+                const float clipped = clip * gradient[i];
+                first[i] = fmaf(a.first_rate, clipped - first[i], first[i]);
+                second[i] = fmaf(a.second_rate, clipped * clipped - second[i], second[i]);
+                row[i] -= quotient(rate * first[i], fmaf(root(second[i]), inverse_root, a.eps));
+                totals[1] = fmaf(row[i], row[i], totals[1]);
+                totals[2] = fmaxf(totals[2], fabsf(row[i]));
+            }
+            store_chunk<S>(a.first_moment + place, first, columns, chunk);
+            store_chunk<S>(a.second_moment + place, second, columns, chunk);
         });
-        store_row<S>(a.first_moment + place, first, columns);
-        store_row<S>(a.second_moment + place, second, columns);
     }
 
     if (any || (update && (g.unit_rows || a.copy.limit > 0))) combine_over_block<S, 2, 1>(totals, &memory->totals);
@@ -375,7 +412,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
     if (!update) return;
 
     if (g.unit_rows) {
-        const float inverse = 1 / fmaxf(sqrtf(totals[1]), 1.1754943508222875e-38f);
+        const float inverse = quotient(1, fmaxf(root(totals[1]), 1.1754943508222875e-38f));
         columns.each_number([&](int i) { row[i] *= inverse; });
         totals[2] *= inverse;  // rounded as the number is whose magnitude it is
     }
@@ -442,28 +479,30 @@ __global__ void __launch_bounds__(kBoundThreads) bound_row(const __grid_constant
     if (lane == 0) p.bounds[latent] = bound;
 }
 
-// Calls `run` with the shape for rows, or slices, of `columns` numbers. A warp if it can: it needs no barriers.
-template <int Width, class Run>
-void with_threads_for(std::int32_t columns, Run run) {
-    if (columns <= 512) run(RowShape<32, 16, Width, 4>{});
-    else if (columns <= 1024) run(RowShape<64, 16, Width, 4>{});
-    else if (columns <= 2048) run(RowShape<128, 16, Width, 4>{});
-    else if (columns <= 4096) run(RowShape<256, 16, Width, 4>{});
-    else if (columns <= 8192) run(RowShape<512, 16, Width, 4>{});
-    else run(RowShape<512, 32, Width, 1>{});
+// Calls `run` with the shape for rows, or slices, of `columns` numbers. A warp if it can: it needs no barriers. Rows that
+// cannot be read 16 bytes at a time have fewer shapes.
+template <class Run>
+void with_shape_for(std::int32_t columns, bool aligned, Run run) {
+    if (columns > kWidest) throw std::invalid_argument("rows must have at most 16384 columns");
+    if (aligned) {
+        if (columns <= 512) run(RowShape<32, 16, 4, 4>{});
+        else if (columns <= 1024) run(RowShape<64, 16, 4, 4>{});
+        else if (columns <= 2048) run(RowShape<128, 16, 4, 4>{});
+        else if (columns <= 4096) run(RowShape<256, 16, 4, 4>{});
+        else if (columns <= 8192) run(RowShape<512, 16, 4, 4>{});
+        else run(RowShape<512, 32, 4, 1>{});
+    } else {
+        if (columns <= 512) run(RowShape<32, 16, 1, 2>{});
+        else if (columns <= 2048) run(RowShape<128, 16, 1, 2>{});
+        else if (columns <= 8192) run(RowShape<512, 16, 1, 2>{});
+        else run(RowShape<512, 32, 1, 1>{});
+    }
 }
 
 LaunchShape blocks_for(std::int64_t items, std::int32_t d, std::int32_t slice, int threads, std::size_t shared_bytes) {
     const std::int64_t blocks = items * ceil_div(d, slice);
     if (blocks > INT32_MAX) throw std::invalid_argument("too many rows and slices for one launch");
     return {blocks, threads, shared_bytes};
-}
-
-template <class Run>
-void with_shape_for(std::int32_t columns, bool aligned, Run run) {
-    if (columns > kWidest) throw std::invalid_argument("rows must have at most 16384 columns");
-    if (aligned) with_threads_for<4>(columns, run);
-    else with_threads_for<1>(columns, run);
 }
 
 bool whole_packs(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }

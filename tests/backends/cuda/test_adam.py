@@ -90,7 +90,7 @@ def dense_part(values, indices, vectors, crow):
 def step(parts, weight, unit_rows, state, clip_norm=float("inf"), kept=None, finite=FINITE, rest=0.0):
     """One step of Adam with the kernels; the squares of the gradient and the clipping factor."""
     factors = adam.SortedFactors(parts, weight.shape[0])
-    clip = adam.clip_factor([(factors, weight, unit_rows)], torch.tensor(rest, dtype=torch.float64), clip_norm)
+    clip = adam.clip_factor([(factors, weight, unit_rows)], torch.as_tensor(rest, dtype=torch.float64), clip_norm)
     squares = adam.row_adam(factors, weight, unit_rows, state, **OPTIONS, clip=clip, copy=kept, finite=finite)
     return squares, clip
 
@@ -291,12 +291,12 @@ def test_factors_of_half_precision_are_taken():
 
 
 def test_nothing_waits_for_the_device(no_waiting):
-    weight = random_weight(19)
+    weight, rest = random_weight(19), torch.ones((), dtype=torch.float64)
     state = fresh_state(weight)
     for kinds in (["csr", "fixed"], ["csr", "fixed"] * 3):
         parts = random_parts(19, kinds)
         with no_waiting():
-            step(parts, weight, True, state, 0.5)
+            step(parts, weight, True, state, 0.5, rest=rest)
 
 
 def test_runs_have_the_same_bits_in_whatever_order_threads_run(monkeypatch):
