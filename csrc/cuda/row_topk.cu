@@ -170,7 +170,8 @@ __device__ __forceinline__ void stream_loose(const Source& source, const Bound& 
     if (threadIdx.x >= 32) return;
     const int i = static_cast<int>(threadIdx.x);  // there are fewer of them than lanes
     const std::uint64_t candidate = i < source.loose() ? source.loose_candidate(i) : 0;
-    append<1>(sink, i < source.loose() && order_of<typename Source::Key>(candidate) >= bound.order, [=](int) { return candidate; });
+    const bool hit = i < source.loose() && order_of<typename Source::Key>(candidate) >= bound.order;
+    append<1>(sink, hit, [=](int) { return candidate; });
 }
 
 // Selection. All of it is for a whole block.
@@ -214,12 +215,13 @@ __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigne
     unsigned above = 0;  // orders beyond the interval
     for (int passes = 1;; ++passes) {
         const int shift = max_of(interval.width - kBinBits, 0);
+        const std::uint64_t bins = std::uint64_t{1} << (interval.width - shift);
 #pragma unroll
         for (int i = 0; i < kOwnBins; ++i) s.histogram[thread + i * kThreads] = 0;
         __syncthreads();
         visit([&](std::uint64_t order) {
             const std::uint64_t bin = (order - interval.low) >> shift;
-            if (order >= interval.low && bin < kBins) atomicAdd(&s.histogram[bin], 1u);
+            if (order >= interval.low && bin < bins) atomicAdd(&s.histogram[bin], 1u);
         });
         __syncthreads();
 
@@ -280,14 +282,15 @@ template <class Source>
 __device__ int gather(Shared& s, const Source& source, unsigned k) {
     Found found{0, 0};
     if (source.n > kRowTopkRoom) {
+        using Key = typename Source::Key;
         const auto each = [&](auto&& visitor) {
             for (int pack = static_cast<int>(threadIdx.x); pack < source.packs; pack += kThreads) {
                 const Pack16 keys = source.load(pack);
 #pragma unroll
-                for (int j = 0; j < Source::kKeys; ++j) visitor(order_of<typename Source::Key>(source.candidate(keys, pack, j)));
+                for (int j = 0; j < Source::kKeys; ++j) visitor(order_of<Key>(source.candidate(keys, pack, j)));
             }
             const int i = static_cast<int>(threadIdx.x);
-            if (i < source.loose()) visitor(order_of<typename Source::Key>(source.loose_candidate(i)));
+            if (i < source.loose()) visitor(order_of<Key>(source.loose_candidate(i)));
         };
         // Row::hits lets through a few that equal the bound.
         found = bound_for(s, {0, 64}, k, kRowTopkRoom - Source::kKeys, each);
@@ -473,7 +476,7 @@ void row_topk(const RowTopk& call, const RowTopkPlan& plan, Stream stream) {
 RowTopkPlan row_topk_plan(std::int64_t rows, std::int64_t n, int k, int key_bytes, int multiprocessors) {
     // What a sample costs beside the reading of its keys, in candidates. An estimate; no device has measured it.
     constexpr double kSampleCost = 2048;
-    constexpr double kMostFailure = 0x1p-31;  // of each of the two ways to fail
+    constexpr double kMostFailure = 0x1p-21;  // of each of the two ways to fail
     constexpr std::int64_t kListBytes = 64 << 20;
     constexpr std::int64_t kLeastTiles = 4;  // of a part
     constexpr std::int64_t kMostRows = std::int64_t{1} << 30;  // of a grid

@@ -217,7 +217,7 @@ def test_what_it_does_not_serve(kernels, keys, k, message):
     [
         ({"sample": 48}, "power of two"),
         ({"sample": 8192}, "at most 4096"),
-        ({"sample": 512}, "what a row has"),
+        ({"sample": 512, "rank": 1}, "what a row has"),
         ({"sample": 256, "rank": 0}, "rank"),
         ({"sample": 256, "rank": 257}, "rank"),
         ({"parts": 2}, "need a list"),
@@ -247,13 +247,13 @@ def test_plans(kernels, rows, key_bytes):
         for k in (1, 32, 64, 256, 1024):
             n = 2**exponent + 1
             plan = kernels.row_topk_plan(rows, n, k, key_bytes)
-            assert plan.failure <= 2**-30
+            assert plan.failure <= 2**-20
             assert plan.sample or n <= ROOM
             assert plan.parts == 1 or plan.list
             assert plan.rows_at_once >= 1
             assert plan.expected < max(ROOM, 3 * plan.list)
             assert plan.workspace <= 2**26 + 2**24
-            assert rows < 16 or plan.list == 0 or plan.expected > ROOM / 3  # lists only where they are needed
+            assert rows < 16 or n > 2**17 + 1 or plan.list == 0
 
 
 @given(st.integers(20, 400), st.data())
