@@ -30,7 +30,7 @@ _MODULES = {
     "routed_topk_encode": "encode",
     "last_encode": "encode",
     "quantized": "encode",
-    "row_topk": "row_topk",
+    "row_topk": "selection",
     "SortedFactors": "adam",
     "clip_factor": "adam",
     "row_adam": "adam",

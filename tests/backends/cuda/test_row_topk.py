@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekern.backends.cuda import _library
-from sparsekern.backends.cuda.row_topk import row_topk
+from sparsekern.backends.cuda.selection import row_topk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROOM = 5120  # candidates in shared memory
