@@ -19,7 +19,6 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -118,24 +117,34 @@ constexpr std::size_t kPage = 64 * 1024;  // a multiple of every system's
 constexpr std::size_t kStack = 4 * kPage;
 
 // Turns in which every thread only looked at flags that did not change, before that counts as a deadlock.
-constexpr int kPatience = 200'000;
+constexpr int kPatience = 20'000;
+
+// Clusters that follow each other are made up of different fibers where ThreadSanitizer looks: a barrier in one is not to
+// order what threads of another do.
+#if defined(__SANITIZE_THREAD__)
+constexpr std::size_t kTeams = 2;
+#else
+constexpr std::size_t kTeams = 1;
+#endif
 
 // A CUDA thread and its fiber. Fibers last, for the blocks and launches to come.
 struct Thread {
     Context context;
     char* stack = nullptr;
-    bool fresh = true;  // has no stack yet
 
     Block* block = nullptr;
     unsigned index = 0;
     const Wait* wait = nullptr;
-    bool ended = false;
+    bool started = false, ended = false;
 
     void* fake_stack = nullptr;  // AddressSanitizer's
     void* fiber = nullptr;       // ThreadSanitizer's
     bool fenced = false;
     std::vector<const void*> atomics;  // touched since the last fence
 };
+
+// Takes a thread out of its kernel when the launch has failed elsewhere.
+struct Abandoned {};
 
 struct Action {
     unsigned turns;
@@ -147,6 +156,7 @@ struct Action {
 struct Machine {
     std::mutex one_launch;
     std::vector<std::unique_ptr<Thread>> fibers;
+    std::size_t team = 0;
     std::vector<Thread*> threads;  // of the cluster that runs
     std::vector<Block> blocks;     // likewise
     std::vector<Action> actions;
@@ -155,7 +165,8 @@ struct Machine {
     std::exception_ptr error;
     Thread* failed = nullptr;
     Thread* running = nullptr;
-    bool worked = false;  // a thread did more than look at a flag
+    bool worked = false;      // a thread did more than look at a flag
+    bool abandoning = false;  // the launch has failed, and threads that wait leave the kernel
 
     bool shuffled = false;
     std::uint64_t random = 0;
@@ -201,6 +212,7 @@ void leave(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(thread.fake_stack, &m.host_stack, &m.host_stack_bytes);
 #endif
+    if (m.abandoning) throw Abandoned();
 }
 
 unsigned ended_in_cluster() {
@@ -216,7 +228,7 @@ void complete(Barrier& barrier, unsigned absent) {
     ++barrier.generation;
 }
 
-// A fiber's first function: a CUDA thread of one block after the other.
+// A fiber's one function: a CUDA thread of one block after the other.
 void live() {
     Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
@@ -233,7 +245,7 @@ void live() {
         release(&m.finished);
         Unseen unseen;
         Thread& thread = *m.running;
-        if (error) {
+        if (error && !m.abandoning) {
             m.error = std::move(error);
             m.failed = &thread;
         }
@@ -250,21 +262,18 @@ void live() {
 void resume(Thread& thread) {
     Machine& m = machine();
     m.running = &thread;
+    thread.started = true;
     threadIdx.x = thread.index;
     blockIdx.x = thread.block->index;
-    if (thread.fresh) {
+    if (!thread.stack) {
         void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         mprotect(memory, kPage, PROT_NONE);  // stacks grow down into this
         thread.stack = static_cast<char*>(memory) + kPage;
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(thread.stack, kStack);
-#endif
 #if defined(__SANITIZE_THREAD__)
         thread.fiber = __tsan_create_fiber(0);
 #endif
         start_at(thread.context, thread.stack, kStack, live);
-        thread.fresh = false;
     }
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
@@ -279,25 +288,12 @@ void resume(Thread& thread) {
     m.running = nullptr;
 }
 
-// Of a fiber that waits for what will not come: nobody resumes it.
-void abandon(Thread& thread) {
-#if defined(__SANITIZE_THREAD__)
-    if (!thread.fresh) {
-        __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
-        release(&machine().finished);
-        __tsan_switch_to_fiber(machine().host_fiber, __tsan_switch_to_fiber_no_sync);
-        __tsan_destroy_fiber(thread.fiber);
-    }
-#endif
-    if (!thread.fresh) munmap(thread.stack - kPage, kPage + kStack);
-    thread.fresh = true;
-}
-
 void carry_out(std::size_t place) {
     Machine& m = machine();
     const Action action = std::move(m.actions[place]);
     m.actions.erase(m.actions.begin() + static_cast<std::ptrdiff_t>(place));
     m.worked = true;
+    std::exception_ptr error;
 #if defined(__SANITIZE_THREAD__)
     void*& fiber = m.action_fibers[m.next_action_fiber++ % std::size(m.action_fibers)];
     if (!fiber) fiber = __tsan_create_fiber(0);
@@ -305,11 +301,13 @@ void carry_out(std::size_t place) {
     acquire(&m.started);
     acquire(action.tag.get());
 #endif
-    std::exception_ptr error;
-    try {
-        action.act();
-    } catch (...) {
-        error = std::current_exception();
+    {
+        Unseen unseen;
+        try {
+            action.act();
+        } catch (...) {
+            error = std::current_exception();
+        }
     }
 #if defined(__SANITIZE_THREAD__)
     release(&m.finished);
@@ -318,7 +316,7 @@ void carry_out(std::size_t place) {
     if (error) std::rethrow_exception(error);
 }
 
-// "threads 0-31, 64 of block 2 wait for ..." for all that have not ended.
+// A line for each run of threads that wait for the same.
 std::string waiting() {
     std::ostringstream text;
     const auto state = [](const Thread& thread) {
@@ -388,6 +386,7 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
     m.threads.clear();
     m.actions.clear();
     m.cluster_barrier = {};
+    m.team = (m.team + 1) % kTeams;
     for (std::size_t b = 0; b < blocks; ++b) {
         Block& block = m.blocks[b];
         void* shared = nullptr;
@@ -402,13 +401,13 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
         const unsigned char poison[2] = {0xfb, 0xff};  // NaN in every 16-bit, 32-bit and 64-bit format, and half of e4m3
         for (std::size_t i = 0; i < shape.shared_bytes; ++i) block.shared[i] = poison[i % 2];
         for (std::size_t t = 0; t < threads; ++t) {
-            const std::size_t place = b * threads + t;
-            if (m.fibers.size() == place) m.fibers.push_back(std::make_unique<Thread>());
+            const std::size_t place = (m.team * blocks + b) * threads + t;
+            while (m.fibers.size() <= place) m.fibers.push_back(std::make_unique<Thread>());
             Thread& thread = *m.fibers[place];
             thread.block = &block;
             thread.index = static_cast<unsigned>(t);
             thread.wait = nullptr;
-            thread.ended = thread.fenced = false;
+            thread.started = thread.ended = thread.fenced = false;
             thread.atomics.clear();
             m.threads.push_back(&thread);
         }
@@ -417,8 +416,10 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
         run_threads();
     } catch (...) {
         m.actions.clear();
+        m.abandoning = true;
         for (Thread* thread : m.threads)
-            if (!thread->ended) abandon(*thread);
+            if (thread->started && !thread->ended) resume(*thread);
+        m.abandoning = false;
         throw;
     }
 }
@@ -451,11 +452,9 @@ void later(std::string what, std::function<void()> action) {
     Unseen unseen;
     Machine& m = machine();
     m.worked = true;
-    m.actions.push_back({1 + draw(6), std::move(what), std::move(action), std::make_unique<char>()});
+    m.actions.push_back({1 + static_cast<unsigned>(next_random() % 6), std::move(what), std::move(action), std::make_unique<char>()});
     release(m.actions.back().tag.get());
 }
-
-unsigned draw(unsigned n) { return static_cast<unsigned>(next_random() % n); }
 
 unsigned char* shared(std::size_t bytes) {
     Unseen unseen;
@@ -571,13 +570,13 @@ void atomic_begins(const void* address, std::size_t bytes) {
     Unseen unseen;
     if (reinterpret_cast<std::uintptr_t>(address) % bytes) fail("an atomic at no multiple of its size");
     yield();
-    if (machine().running->fenced) release(address);
 }
 
 void atomic_ends(const void* address, bool polls) {
     Unseen unseen;
     machine().worked |= !polls;
 #if defined(__SANITIZE_THREAD__)
+    if (machine().running->fenced) release(address);
     auto& atomics = machine().running->atomics;
     if (std::find(atomics.begin(), atomics.end(), address) == atomics.end()) atomics.push_back(address);
 #else
@@ -629,25 +628,43 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
     acquire(&m.finished);
 }
 
-Unseen::Unseen() {
+namespace {
+
+void ignore() {
 #if defined(__SANITIZE_THREAD__)
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
 }
 
-Unseen::~Unseen() {
+void ignore_no_more() {
 #if defined(__SANITIZE_THREAD__)
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 #endif
 }
 
+}  // namespace
+
+Unseen::Unseen() { ignore(); }
+Unseen::~Unseen() { ignore_no_more(); }
+
 #if defined(__SANITIZE_THREAD__)
 void acquire(const void* tag) { __tsan_acquire(const_cast<void*>(tag)); }
 void release(const void* tag) { __tsan_release(const_cast<void*>(tag)); }
-void reads(const void* from, std::size_t bytes) { __tsan_read_range(const_cast<void*>(from), bytes); }
-void writes(void* to, std::size_t bytes) { __tsan_write_range(to, bytes); }
+
+// Within the one Unseen of carry_out().
+void reads(const void* from, std::size_t bytes) {
+    ignore_no_more();
+    __tsan_read_range(const_cast<void*>(from), bytes);
+    ignore();
+}
+
+void writes(void* to, std::size_t bytes) {
+    ignore_no_more();
+    __tsan_write_range(to, bytes);
+    ignore();
+}
 #else
 void acquire(const void*) {}
 void release(const void*) {}
