@@ -28,7 +28,7 @@ namespace sparsekern::cuda {
 
 // Tensor maps, on the host.
 
-struct alignas(64) TensorMap {
+struct TensorMap {
     CUtensorMap map;
 };
 
@@ -102,6 +102,7 @@ int clusters_at_once(const char* name, void (*kernel)(Params), const LaunchShape
     config.numAttrs = 1;
     int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, function, &config), call("cudaOccupancyMaxActiveClusters"));
+    if (clusters == 0) throw CudaError(call("the device has no room for a cluster of ") + std::to_string(shape.cluster));
     return clusters;
 }
 
@@ -164,7 +165,7 @@ __device__ __forceinline__ void mbarrier_arrive_remote(Mbarrier* barrier, unsign
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(detail::shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(detail::shared_address(barrier)),
         "r"(rank)
         : "memory");
 }

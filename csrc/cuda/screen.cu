@@ -7,23 +7,25 @@
 // are then in one thread, and the filter exchanges nothing. The best keys stay in registers until the unit is done.
 //
 // Overlap. Both groups multiply the same chunks of x, each with rows of the weight of its own. The chunks of x repeat
-// with every tile, so the groups need not begin a tile together: the second one begins up to four chunks later, and sums
-// each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs ahead
-// in the ring of chunks, which is about as deep as a filter is long. Two groups in plain turns, which share nothing,
-// would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
+// with every tile, so the groups need not begin a tile together: the second one begins up to three chunks later, and
+// sums each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs
+// ahead in the ring of chunks, which is somewhat deeper than a filter is long. Two groups in plain turns, which share
+// nothing, would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
 //
 // Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's
-// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4: for
-// a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
+// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4:
+// for a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
 //
 // Order. screen_tile_of() has as many tokens go down the buckets together as are 16 MiB of x, which stay in the cache;
-// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768 once,
-// 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
+// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768
+// once, 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
 #include "cuda/screen.h"
 
 #include <cmath>
 
 #include "cuda/hopper.h"
+
+#pragma nv_diag_suppress 177  // functions that are not used: where the kernel traps, those that it is made of
 
 namespace sparsekern::cuda {
 namespace {
@@ -31,7 +33,7 @@ namespace {
 constexpr int kTokens = 128, kBuckets = 8, kMembers = 16, kLatents = kBuckets * kMembers;
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kMostStagger = 4;  // chunks; a filter takes as long as three to four chunks of products of one group
+constexpr int kMostStagger = 3;  // chunks; a filter takes as long as two or three chunks of one group's products
 constexpr int kChunkBytes = 128;  // of a row
 constexpr int kTileBytes = 128 * kChunkBytes;
 constexpr int kSteps = kChunkBytes / 32;  // products to a chunk
@@ -67,7 +69,8 @@ struct ScreenParams {
     const std::int32_t* tile_expert;
     std::int32_t n_active, n_experts;
     std::int32_t rows, chunks, stagger;
-    std::int32_t n_real, n_buckets, n_members, tiles;  // tiles: of a group in a unit
+    std::int32_t n_buckets, n_members, tiles;  // tiles: of a group in a unit
+    std::int32_t whole_members, longer_buckets;  // members that all buckets have; how many buckets have one more
     std::int32_t token_tiles, bucket_tiles, group, units;
     std::int32_t keep;
     std::uint32_t score_bits;  // those of a key that are the score's
@@ -152,48 +155,41 @@ __device__ __forceinline__ float number_at(const void* numbers, ElementType type
     }
 }
 
-// The largest keys of one token and bucket, from members that come in fours.
-template <int kKeep>
+// The three largest keys of one token and bucket, of members that come in fours.
 struct Best {
-    float top[kKeep];  // falling
+    float top[3];  // falling
     // The smaller one of two is among the three largest of all only if no other smaller one is above it: that one and
     // both larger ones would be three. So of all smaller ones, of pairs and then of the larger ones of two pairs, the
     // largest is enough. A four then takes 14 operations instead of 20.
     float smaller[2];
 
-    __device__ __forceinline__ void clear() {
-        for (float& key : top) key = kLowest;
-        for (float& key : smaller) key = kLowest;
-    }
+    __device__ __forceinline__ void clear() { top[0] = top[1] = top[2] = smaller[0] = smaller[1] = kLowest; }
+
     __device__ __forceinline__ void insert(float key) {
-#pragma unroll
-        for (int i = 0; i < kKeep; ++i) {
-            const float larger = fmaxf(top[i], key);
-            key = fminf(top[i], key);
-            top[i] = larger;
-        }
+        top[2] = fmaxf(top[2], fminf(top[1], key));
+        top[1] = fmaxf(top[1], fminf(top[0], key));
+        top[0] = fmaxf(top[0], key);
     }
+
     __device__ __forceinline__ void add(const float (&key)[4]) {
         const float first = fmaxf(key[0], key[1]), second = fmaxf(key[2], key[3]);
-        if (kKeep > 1) {
-            smaller[0] = fmaxf(smaller[0], fmaxf(fminf(key[0], key[1]), fminf(key[2], key[3])));
-            smaller[1] = fmaxf(smaller[1], fminf(first, second));
-        }
+        smaller[0] = fmaxf(smaller[0], fmaxf(fminf(key[0], key[1]), fminf(key[2], key[3])));
+        smaller[1] = fmaxf(smaller[1], fminf(first, second));
         insert(fmaxf(first, second));
     }
+
     __device__ __forceinline__ void finish() {
-        if (kKeep == 1) return;
         insert(smaller[0]);
         insert(smaller[1]);
     }
 };
 
-// The scores of a tile among the best keys. `real` is the number of the first latent that does not exist, counted from
-// this thread's first one; latents of one member are neighbours, and members are n_buckets apart.
-template <bool kAllReal, int kKeep>
-__device__ __forceinline__ void filter(Best<kKeep> (&best)[8], const float (&acc)[2][64], const FactorPair* factors,
+// The scores of a tile among the best keys. Its first member has the number `member`; unless kAllReal, the thread's two
+// buckets have `end` members.
+template <bool kAllReal>
+__device__ __forceinline__ void filter(Best (&best)[8], const float (&acc)[2][64], const FactorPair* factors,
                                        const float (&row_scale)[4], std::uint32_t score_bits, std::int32_t member,
-                                       std::int64_t real, std::int32_t n_buckets) {
+                                       const std::int32_t (&end)[2]) {
 #pragma unroll
     for (int j = 0; j < kMembers; j += 4) {
         FactorPair factor[4];
@@ -207,13 +203,18 @@ __device__ __forceinline__ void filter(Best<kKeep> (&best)[8], const float (&acc
             for (int i = 0; i < 4; ++i) {
                 const float scale = row_scale[2 * m + h] * factor[i].scale[c];
                 const float score = fmaf(acc[m][4 * (j + i) + 2 * h + c], scale, factor[i].bias[c]);
-                const auto number = static_cast<std::uint32_t>(member + j + i);
-                key[i] = __uint_as_float((__float_as_uint(score) & score_bits) | number);
-                if (!kAllReal && (j + i) * static_cast<std::int64_t>(n_buckets) + c >= real) key[i] = kLowest;
+                const std::int32_t number = member + j + i;
+                key[i] = __uint_as_float((__float_as_uint(score) & score_bits) | static_cast<std::uint32_t>(number));
+                if (!kAllReal && number >= end[c]) key[i] = kLowest;
             }
             best[place].add(key);
         }
     }
+}
+
+// Members of a bucket that exist.
+__device__ __forceinline__ std::int32_t members_of(const ScreenParams& p, std::int32_t bucket) {
+    return bucket < p.n_buckets ? p.whole_members + (bucket < p.longer_buckets) : 0;
 }
 
 struct alignas(8) Pair {
@@ -232,7 +233,7 @@ __device__ __forceinline__ void store_pair(float* to, float first, float second,
 }
 
 // One of the two groups that multiply and filter.
-template <class T, int kKeep>
+template <class T>
 __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, int group, std::int32_t first,
                                         std::int32_t step) {
     const int thread = static_cast<int>(threadIdx.x) % kGroupThreads, warp = thread / 32, lane = thread % 32;
@@ -242,6 +243,7 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
     };
     Ring ring;
     const auto pass = [&](std::int32_t positions) {
+#pragma unroll 1
         for (std::int32_t i = 0; i < positions; ++i) {
             mbarrier_wait(&shared.full[ring.stage], ring.parity);
             release(ring.stage);
@@ -261,7 +263,7 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             row_scale[i] = 1.0f;
             if (p.x_scale && at < unit.end) row_scale[i] = p.x_scale[p.order ? p.order[at] / p.n_active : at];
         }
-        Best<kKeep> best[8];  // [m][h][c] for rows 64 * m + 8 * h from `row`, buckets c from this thread's
+        Best best[8];  // [m][h][c] for rows 64 * m + 8 * h from `row`, buckets c from this thread's
 #pragma unroll
         for (int place = 0; place < 8; ++place) best[place].clear();
 
@@ -270,10 +272,9 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             // Scale and bias of the latent with this thread's number, under way while the tile is multiplied. Without a
             // bias it is the zero that changes nothing.
             float scale = 1.0f, bias = -0.0f;
-            const std::int64_t member = tile * kMembers + thread / kBuckets;
-            const std::int64_t latent = member * p.n_buckets + bucket + thread % kBuckets;
-            if (latent < p.n_real && bucket + thread % kBuckets < p.n_buckets) {
-                const std::int64_t place = unit.expert * std::int64_t{p.n_members} * p.n_buckets + latent;
+            const std::int32_t member = tile * kMembers + thread / kBuckets, of = bucket + thread % kBuckets;
+            if (member < members_of(p, of)) {
+                const std::int64_t place = (unit.expert * p.n_members + member) * std::int64_t{p.n_buckets} + of;
                 if (p.weight_scale) scale = p.weight_scale[place];
                 if (p.bias) bias = fmaxf(number_at(p.bias, p.bias_type, place), kLowest);
             }
@@ -306,17 +307,17 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             factors[thread / 2].bias[thread % 2] = bias;
             named_barrier_sync(1 + group, kGroupThreads);
             const std::int32_t begin = tile * kMembers;
-            const std::int64_t real = p.n_real - begin * std::int64_t{p.n_buckets} - bucket - 2 * pair;
-            if ((begin + kMembers) * std::int64_t{p.n_buckets} <= p.n_real)
-                filter<true>(best, acc, factors + pair, row_scale, p.score_bits, begin, real, p.n_buckets);
+            const std::int32_t end[2] = {members_of(p, bucket + 2 * pair), members_of(p, bucket + 2 * pair + 1)};
+            if (begin + kMembers <= p.whole_members)
+                filter<true>(best, acc, factors + pair, row_scale, p.score_bits, begin, end);
             else
-                filter<false>(best, acc, factors + pair, row_scale, p.score_bits, begin, real, p.n_buckets);
+                filter<false>(best, acc, factors + pair, row_scale, p.score_bits, begin, end);
             buffer ^= 1;  // the next barrier says that this one has been read
         }
 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            Best<kKeep>&here = best[2 * i], &next = best[2 * i + 1];
+            Best &here = best[2 * i], &next = best[2 * i + 1];
             here.finish();
             next.finish();
             const std::int32_t at = row + 64 * (i / 2) + 8 * (i % 2), mine = bucket + 2 * pair;
@@ -324,14 +325,14 @@ __device__ __forceinline__ void consume(const ScreenParams& p, Shared& shared, i
             const std::int64_t out = p.order ? p.order[at] : at;
             float* keys = p.keys + out * p.keep * p.n_buckets + mine;
 #pragma unroll
-            for (int k = 0; k < kKeep; ++k)
+            for (int k = 0; k < 3; ++k)
                 if (k < p.keep) store_pair(keys + k * p.n_buckets, here.top[k], next.top[k], p.n_buckets, mine);
         }
         if (group == 0) pass(p.stagger);
     }
 }
 
-template <class T, int kKeep>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const __grid_constant__ ScreenParams p) {
 #if SPARSEKERN_HOPPER
     Shared& shared = shared_memory<Shared>();
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const __grid_consta
         if (threadIdx.x == kGroups * kGroupThreads) load<T>(p, shared, first, step);
     } else {
         registers_grow<232>();
-        consume<T, kKeep>(p, shared, group, first, step);
+        consume<T>(p, shared, group, first, step);
     }
     cluster_sync();  // nothing arrives in the shared memory of a block that is gone
 #else
@@ -391,7 +392,8 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     p.rows = narrow(args.rows);
     p.chunks = narrow(ceil_div(args.d, kChunk));
     p.stagger = min_of(kMostStagger, p.chunks / 2);
-    p.n_real = narrow(args.n_real);
+    p.whole_members = narrow(args.n_real / args.n_buckets);
+    p.longer_buckets = narrow(args.n_real % args.n_buckets);
     p.n_buckets = narrow(args.n_buckets);
     p.n_members = narrow(args.n_members);
     p.tiles = narrow(ceil_div(args.n_members, kMembers));
@@ -408,10 +410,9 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     while (args.n_members > std::int64_t{1} << member_bits) ++member_bits;
     p.score_bits = ~0u << member_bits & (args.absolute ? 0x7fffffffu : ~0u);
 
-    const auto kernel = args.keep == 1 ? screen_kernel<T, 1> : screen_kernel<T, 3>;
     LaunchShape shape{args.cluster, kThreads, sizeof(Shared), args.cluster};
-    shape.blocks *= min_of(p.units, clusters_at_once("screen", kernel, shape));
-    launch("screen", kernel, shape, stream, p);
+    shape.blocks *= min_of(p.units, clusters_at_once("screen", screen_kernel<T>, shape));
+    launch("screen", screen_kernel<T>, shape, stream, p);
 }
 
 struct GatherParams {

@@ -1,11 +1,8 @@
 // The fused screen in emulation against a plain loop, on whole numbers, whose sums are exact in any order.
 #include "cuda/screen.h"
 
-#include <numeric>
+#include "cuda_test.h"
 
-#include "native_test.h"
-
-using namespace sparsekern;
 using namespace sparsekern::cuda;
 using namespace sparsekern::test;
 
