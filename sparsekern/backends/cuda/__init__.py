@@ -1,6 +1,6 @@
 """CUDA C++ kernels (csrc/cuda) for what Triton cannot bring to the limit of a Hopper GPU.
 
-They serve ``topk_encode``, ``routed_topk_encode`` and the update of the weights (``row_adam`` and what leads to it), and
+They serve ``topk_encode``, ``routed_topk_encode`` and the update of the weights (``row_adam``, and what leads to it);
 ``row_topk`` is the selection alone. float32, bfloat16 and float16; for the update float32.
 
 They are **off** unless ``SPARSEKERN_BACKEND=cuda`` asks for them, until the record of a device shows them right and
@@ -30,7 +30,7 @@ _MODULES = {
     "routed_topk_encode": "encode",
     "last_encode": "encode",
     "quantized": "encode",
-    "row_topk": "row_topk",
+    "row_topk": "selection",
     "SortedFactors": "adam",
     "clip_factor": "adam",
     "row_adam": "adam",
@@ -43,7 +43,7 @@ _OPS = ("topk_encode", "routed_topk_encode", "row_topk", "row_adam")
 _ENCODERS = ("topk_encode", "routed_topk_encode")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-ENCODE_PATHS = ("auto",)
+ENCODE_PATHS = ("fused", "chunked")
 """The ways of :func:`topk_encode`, to be checked each."""
 
 OFF = "off until a record of a device shows it right and faster; SPARSEKERN_BACKEND=cuda chooses it"

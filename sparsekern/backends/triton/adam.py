@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends.factored_adam import FactoredGradient, Part, Step, clip_factor, row_adam
+from sparsekern.backends.screening import LIMITS
 from sparsekern.backends.triton._launch import launch
-from sparsekern.backends.triton.encode import LIMITS, scale_of
+from sparsekern.backends.triton.encode import scale_of
 from sparsekern.backends.triton.products import (
     ENTRIES,
     SPLIT,

@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(256) reverse(const __grid_constant__ Reverse p
     }
 }
 
-struct Sum {
+struct Leaving {
     unsigned* total;
     int leaving;
 };
 
 // Whole warps leave early, and the others' barrier does not wait for them.
-__global__ void leave_early(const __grid_constant__ Sum p) {
+__global__ void leave_early(const __grid_constant__ Leaving p) {
     unsigned& sum = shared_memory<unsigned>();
     if (threadIdx.x == 96) sum = 0;
     if (threadIdx.x < static_cast<unsigned>(p.leaving)) return;
@@ -145,7 +145,7 @@ __global__ void exchange(const __grid_constant__ Lanes p) {
     put(__shfl_sync(p.mask, value, 5, 8));
     put(__shfl_xor_sync(p.mask, value, 31));
     put(__shfl_up_sync(p.mask, value, 0));
-    put(static_cast<int>(__shfl_sync(p.mask, static_cast<long long>(value) << 32, static_cast<int>(31 - lane)) >> 32));
+    put(static_cast<int>(__shfl_sync(p.mask, (1ll << 32) * value, static_cast<int>(31 - lane)) >> 32));
     put(static_cast<int>(__shfl_sync(p.mask, static_cast<float>(value), static_cast<int>(31 - lane))));
     put(static_cast<int>(__ballot_sync(p.mask, value > 0)));
     put(__any_sync(p.mask, value > 7) * 10 + __all_sync(p.mask, value > -100));
@@ -166,7 +166,7 @@ __global__ void meet_apart(const __grid_constant__ Lanes p) {
     const unsigned lane = threadIdx.x % 32, mine = lane % 2 ? 0xaaaaaaaau : 0x55555555u;
     int sum = p.from[lane];
     for (int i = 0; i < (lane % 2 ? 5 : 2); ++i) sum = __reduce_add_sync(mine, sum) % 1000;
-    p.to[lane] = __reduce_add_sync(0xffffffffu, sum);
+    p.to[threadIdx.x] = __reduce_add_sync(0xffffffffu, sum);
 }
 
 struct Nothing {
@@ -312,28 +312,6 @@ __global__ void change(const __grid_constant__ Words p) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&p.words[8]), 1ull << 32);
 }
 
-struct WarpSum {
-    int* to;
-    bool barrier;
-};
-
-// Lanes pass a value on through shared memory; shuffles order no memory.
-__global__ void pass_on(const __grid_constant__ WarpSum p) {
-    HandingShared& shared = shared_memory<HandingShared>();
-    shared.slot[threadIdx.x] = static_cast<int>(threadIdx.x);
-    __shfl_sync(0xffffffffu, 1, 0);
-    if (p.barrier) __syncwarp();
-    p.to[threadIdx.x] = shared.slot[31 - threadIdx.x];
-}
-
-struct Beyond {
-    int at;
-};
-
-__global__ void write_at(const __grid_constant__ Beyond p) {
-    if (threadIdx.x == 0) shared_memory<HandingShared>().slot[p.at] = 1;
-}
-
 }  // namespace
 
 NATIVE_TEST(narrow_numbers) {
@@ -361,7 +339,7 @@ NATIVE_TEST(block_barriers) {
     });
     in_several_orders([&] {
         unsigned total = 0;
-        launch("leave_early", leave_early, LaunchShape{1, 128, sizeof(unsigned)}, nullptr, Sum{&total, 64});
+        launch("leave_early", leave_early, LaunchShape{1, 128, sizeof(unsigned)}, nullptr, Leaving{&total, 64});
         CHECK(total == (64 + 127) * 32, total);
     });
 }
@@ -439,7 +417,7 @@ NATIVE_TEST(warp_collectives) {
         odd %= 1000, even %= 1000;
         for (int i = 1; i < 5; ++i) odd = odd * 16 % 1000;
         even = even * 16 % 1000;
-        for (int i = 0; i < 32; ++i) CHECK(to[i] == 16 * (odd + even), i << ": " << to[i]);
+        for (int i = 0; i < 64; ++i) CHECK(to[i] == 16 * (odd + even), i << ": " << to[i]);
     });
 }
 
@@ -550,6 +528,24 @@ NATIVE_TEST(bits_of_integers) {
 }
 
 #if defined(__SANITIZE_THREAD__)
+namespace {
+
+struct WarpSum {
+    int* to;
+    bool barrier;
+};
+
+// Lanes pass a value on through shared memory; shuffles order no memory.
+__global__ void pass_on(const __grid_constant__ WarpSum p) {
+    HandingShared& shared = shared_memory<HandingShared>();
+    shared.slot[threadIdx.x] = static_cast<int>(threadIdx.x);
+    __shfl_sync(0xffffffffu, 1, 0);
+    if (p.barrier) __syncwarp();
+    p.to[threadIdx.x] = shared.slot[31 - threadIdx.x];
+}
+
+}  // namespace
+
 // What a sanitizer must report of a kernel that is wrong, and of the right one nothing.
 NATIVE_TEST(missing_barriers_are_races) {
     Buffer<int> from(256), to(256);
@@ -578,6 +574,18 @@ NATIVE_TEST(missing_barriers_are_races) {
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+namespace {
+
+struct Beyond {
+    int at;
+};
+
+__global__ void write_at(const __grid_constant__ Beyond p) {
+    if (threadIdx.x == 0) shared_memory<HandingShared>().slot[p.at] = 1;
+}
+
+}  // namespace
+
 NATIVE_TEST(shared_memory_ends) {
     for (const int at : {31, 32}) {
         const std::string report = report_of([at] {

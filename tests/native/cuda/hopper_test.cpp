@@ -29,7 +29,9 @@ constexpr int kStages = 3;
 
 template <int Rows>
 struct BoxesShared {
-    unsigned char tile[kStages][Rows * 128];
+    struct alignas(1024) Tile {
+        unsigned char bytes[Rows * 128];
+    } tile[kStages];
     Mbarrier full[kStages], empty[kStages];
 };
 
@@ -49,16 +51,17 @@ __global__ void __launch_bounds__(64) load_boxes(const __grid_constant__ Boxes p
         const int stage = i % kStages;
         const unsigned parity = i / kStages % 2;
         const int* c = p.corners + 4 * i;
+        unsigned char* tile = shared.tile[stage].bytes;
         if (threadIdx.x == 0) {
             mbarrier_wait(&shared.empty[stage], parity ^ 1);
             mbarrier_arrive_expect_tx(&shared.full[stage], Rows * 128);
-            if (p.rank == 2) tensor_load_2d(shared.tile[stage], p.map, &shared.full[stage], c[0], c[1]);
-            if (p.rank == 3) tensor_load_3d(shared.tile[stage], p.map, &shared.full[stage], c[0], c[1], c[2]);
-            if (p.rank == 4) tensor_load_4d(shared.tile[stage], p.map, &shared.full[stage], c[0], c[1], c[2], c[3]);
+            if (p.rank == 2) tensor_load_2d(tile, p.map, &shared.full[stage], c[0], c[1]);
+            if (p.rank == 3) tensor_load_3d(tile, p.map, &shared.full[stage], c[0], c[1], c[2]);
+            if (p.rank == 4) tensor_load_4d(tile, p.map, &shared.full[stage], c[0], c[1], c[2], c[3]);
         } else if (threadIdx.x >= 32) {
             mbarrier_wait(&shared.full[stage], parity);
             for (int b = static_cast<int>(threadIdx.x) - 32; b < Rows * 128; b += 32)
-                p.to[(i * Rows + b / 128) * 128 + b % 128] = shared.tile[stage][swizzled_place(b / 128, b % 128)];
+                p.to[(i * Rows + b / 128) * 128 + b % 128] = tile[swizzled_place(b / 128, b % 128)];
             mbarrier_arrive(&shared.empty[stage]);
         }
     }
@@ -344,35 +347,6 @@ TensorMap some_map(const void* base) {
     return tensor_map(2, ElementType::float16, base, dims.data(), strides.data(), box.data());
 }
 
-// A tile that is read with or without the wait for it; a stage that is filled again with or without waiting for its
-// readers.
-struct Careless {
-    TensorMap map;
-    unsigned char* to;
-    bool waits_full, waits_empty;
-};
-
-__global__ void read_tile(const __grid_constant__ Careless p) {
-    auto& shared = shared_memory<WrongShared>();
-    if (threadIdx.x == 0) {
-        mbarrier_init(&shared.full, 1);
-        mbarrier_init(&shared.other, 128);
-        mbarrier_fence_init();
-    }
-    __syncthreads();
-    for (unsigned i = 0; i < 2; ++i) {
-        if (threadIdx.x == 0) {
-            if (p.waits_empty) mbarrier_wait(&shared.other, i ^ 1);
-            mbarrier_arrive_expect_tx(&shared.full, sizeof shared.tile);
-            tensor_load_2d(shared.tile, p.map, &shared.full, 0, 0);
-        }
-        if (p.waits_full || threadIdx.x == 0) mbarrier_wait(&shared.full, i);
-        p.to[threadIdx.x] = shared.tile[threadIdx.x];
-        mbarrier_arrive(&shared.other);
-    }
-    mbarrier_wait(&shared.full, 1);
-}
-
 }  // namespace
 
 NATIVE_TEST(tensor_copies) {
@@ -473,6 +447,39 @@ NATIVE_TEST(tensor_maps_that_cannot_be) {
 }
 
 #if defined(__SANITIZE_THREAD__)
+namespace {
+
+// A tile that is read with or without the wait for it; a stage that is filled again with or without waiting for its
+// readers.
+struct Careless {
+    TensorMap map;
+    unsigned char* to;
+    bool waits_full, waits_empty;
+};
+
+__global__ void read_tile(const __grid_constant__ Careless p) {
+    auto& shared = shared_memory<WrongShared>();
+    if (threadIdx.x == 0) {
+        mbarrier_init(&shared.full, 1);
+        mbarrier_init(&shared.other, 128);
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    for (unsigned i = 0; i < 2; ++i) {
+        if (threadIdx.x == 0) {
+            if (p.waits_empty) mbarrier_wait(&shared.other, i ^ 1);
+            mbarrier_arrive_expect_tx(&shared.full, sizeof shared.tile);
+            tensor_load_2d(shared.tile, p.map, &shared.full, 0, 0);
+        }
+        if (p.waits_full || threadIdx.x == 0) mbarrier_wait(&shared.full, i);
+        p.to[threadIdx.x] = shared.tile[threadIdx.x];
+        mbarrier_arrive(&shared.other);
+    }
+    mbarrier_wait(&shared.full, 1);
+}
+
+}  // namespace
+
 NATIVE_TEST(missing_waits_are_races) {
     Buffer<Pack16> tile(128 * 8);
     std::memset(tile.data(), 0, 128 * 128);
