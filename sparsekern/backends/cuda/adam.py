@@ -1,8 +1,8 @@
-"""Adam on weights of one row a latent with gradients that stay factored: ``csrc/cuda/by_latent.cu`` and ``row_adam.cu``.
+"""Adam on weights of one row a latent with gradients that stay factored: csrc/cuda/by_latent.cu and row_adam.cu.
 
-A block has a latent. Where the vectors of the gradient do not fit into the second-level cache, blocks go through a slice
-of the columns of all latents before the next; ``row_adam.cu`` has the bytes that this saves and costs. What is around the
-kernels is in :mod:`sparsekern.backends.factored_adam`.
+A block has a latent. Where the vectors of the gradient do not fit into the second-level cache, blocks go through a
+slice of the columns of all latents before the next; row_adam.cu counts the bytes that this saves and costs. What is
+around the kernels is in :mod:`sparsekern.backends.factored_adam`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _addresses(part: Part) -> tuple[int, ...]:
     )
 
 
-def _copy(step: Step) -> tuple[int, ...] | None:
+def _copy(step: Step) -> tuple[int | float, ...] | None:
     """The copy to refresh as the kernels take it."""
     if step.copy is None:
         return None
@@ -170,8 +170,8 @@ def _copy(step: Step) -> tuple[int, ...] | None:
 def slice_width(parts: Sequence[Part], cost: int) -> int:
     """Columns that are gone through together, so that those of the vectors take a third of the second-level cache.
 
-    All, unless the bytes of vectors that would then come from beyond the cache are more than the `cost` of slices. It is
-    taken to hold as large a share of what is read from it as of the vectors.
+    All, unless the bytes of vectors that would then come from beyond the cache are more than the `cost` of slices. The
+    cache is taken to serve as large a share of the reads as it can hold of the vectors.
     """
     d, vectors, cache = parts[0].vectors.shape[1], _bytes(parts), cache_bytes(parts[0].vectors.device)
     gathered = 4 * d * sum(part.values.numel() for part in parts)

@@ -225,7 +225,8 @@ def test_training_equals_that_of_the_reference(monkeypatch, activation, unit_row
         sae = sk.SAE(13, 60, chosen, generator=torch.Generator().manual_seed(1), **options)
         trainer = sk.Trainer(sae, lr=1e-2, clip_norm=0.1)
         norms = [trainer.step(x).grad_norm for x in torch.randn(4, 24, 13, generator=torch.Generator().manual_seed(2))]
-        moments = {f"{name} {key}": t for name, p in sae.named_parameters() for key, t in trainer.optimizer.state[p].items()}
+        state = trainer.optimizer.state
+        moments = {f"{name} {key}": t for name, p in sae.named_parameters() for key, t in state[p].items()}
         runs.append((torch.stack([torch.as_tensor(norm) for norm in norms]), {**sae.state_dict(), **moments}))
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=1e-7)
     assert runs[0][1].keys() == runs[1][1].keys()
@@ -234,7 +235,8 @@ def test_training_equals_that_of_the_reference(monkeypatch, activation, unit_row
 
 
 def test_clipping_has_one_norm_for_all_weights():
-    weights, parts = [random_weight(17), random_weight(20)], [random_parts(17, ["fixed"]), random_parts(20, ["csr"] * 2)]
+    weights = [random_weight(17), random_weight(20)]
+    parts = [random_parts(17, ["fixed"]), random_parts(20, ["csr"] * 2)]
     both = list(enumerate(zip(parts, weights, strict=True)))
     found = [(adam.SortedFactors(some, N), weight, i == 1) for i, (some, weight) in both]
     exact = sum(dense_gradient(some, weight.double(), i == 1).square().sum() for i, (some, weight) in both)
@@ -248,7 +250,8 @@ def test_the_bound_on_the_norm_may_be_loose_but_never_low():
     (one,) = random_parts(19, ["fixed"])
     opposite = one._replace(values=-0.999 * one.values)
     apart = OuterProducts(one.values[:, :1], torch.arange(7, dtype=torch.int32)[:, None], one.vectors)
-    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([csr_part(19)], 1.1, 10), ([one, opposite], 1e3, 1e9)]:
+    entries = csr_part(19)
+    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([entries], 1.1, 10), ([one, opposite], 1e3, 1e9)]:
         factors = adam.SortedFactors(parts, N)
         exact = dense_gradient(parts, weight.double(), False).square().sum()
         assert least <= factors.square_bound().item() / exact <= most
@@ -282,11 +285,12 @@ def test_entries_of_value_zero_add_nothing_whatever_their_vectors_hold():
 
 
 def test_factors_of_half_precision_are_taken():
-    weight = random_weight(20)
-    halves = [part._replace(values=part.values.bfloat16(), vectors=part.vectors.bfloat16()) for part in random_parts(20, ["fixed"])]
-    other, floats = weight.clone(), [part._replace(values=part.values.float(), vectors=part.vectors.float()) for part in halves]
-    step(halves, weight, True, fresh_state(weight))
-    step(floats, other, True, fresh_state(other))
+    weight, (part,) = random_weight(20), random_parts(20, ["fixed"])
+    other = weight.clone()
+    half = part._replace(values=part.values.bfloat16(), vectors=part.vectors.bfloat16())
+    step([half], weight, True, fresh_state(weight))
+    same = half._replace(values=half.values.float(), vectors=half.vectors.float())
+    step([same], other, True, fresh_state(other))
     assert torch.equal(weight, other)
 
 
