@@ -19,7 +19,6 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -124,18 +123,20 @@ constexpr int kPatience = 200'000;
 struct Thread {
     Context context;
     char* stack = nullptr;
-    bool fresh = true;  // has no stack yet
 
     Block* block = nullptr;
     unsigned index = 0;
     const Wait* wait = nullptr;
-    bool ended = false;
+    bool started = false, ended = false;
 
     void* fake_stack = nullptr;  // AddressSanitizer's
     void* fiber = nullptr;       // ThreadSanitizer's
     bool fenced = false;
     std::vector<const void*> atomics;  // touched since the last fence
 };
+
+// Takes a thread out of its kernel when the launch has failed elsewhere.
+struct Abandoned {};
 
 struct Action {
     unsigned turns;
@@ -155,7 +156,8 @@ struct Machine {
     std::exception_ptr error;
     Thread* failed = nullptr;
     Thread* running = nullptr;
-    bool worked = false;  // a thread did more than look at a flag
+    bool worked = false;      // a thread did more than look at a flag
+    bool abandoning = false;  // the launch has failed, and threads that wait leave the kernel
 
     bool shuffled = false;
     std::uint64_t random = 0;
@@ -201,6 +203,7 @@ void leave(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(thread.fake_stack, &m.host_stack, &m.host_stack_bytes);
 #endif
+    if (m.abandoning) throw Abandoned();
 }
 
 unsigned ended_in_cluster() {
@@ -233,7 +236,7 @@ void live() {
         release(&m.finished);
         Unseen unseen;
         Thread& thread = *m.running;
-        if (error) {
+        if (error && !m.abandoning) {
             m.error = std::move(error);
             m.failed = &thread;
         }
@@ -250,21 +253,18 @@ void live() {
 void resume(Thread& thread) {
     Machine& m = machine();
     m.running = &thread;
+    thread.started = true;
     threadIdx.x = thread.index;
     blockIdx.x = thread.block->index;
-    if (thread.fresh) {
+    if (!thread.stack) {
         void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         mprotect(memory, kPage, PROT_NONE);  // stacks grow down into this
         thread.stack = static_cast<char*>(memory) + kPage;
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(thread.stack, kStack);
-#endif
 #if defined(__SANITIZE_THREAD__)
         thread.fiber = __tsan_create_fiber(0);
 #endif
         start_at(thread.context, thread.stack, kStack, live);
-        thread.fresh = false;
     }
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
@@ -277,20 +277,6 @@ void resume(Thread& thread) {
     __sanitizer_finish_switch_fiber(m.host_fake_stack, nullptr, nullptr);
 #endif
     m.running = nullptr;
-}
-
-// Of a fiber that waits for what will not come: nobody resumes it.
-void abandon(Thread& thread) {
-#if defined(__SANITIZE_THREAD__)
-    if (!thread.fresh) {
-        __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
-        release(&machine().finished);
-        __tsan_switch_to_fiber(machine().host_fiber, __tsan_switch_to_fiber_no_sync);
-        __tsan_destroy_fiber(thread.fiber);
-    }
-#endif
-    if (!thread.fresh) munmap(thread.stack - kPage, kPage + kStack);
-    thread.fresh = true;
 }
 
 void carry_out(std::size_t place) {
@@ -408,7 +394,7 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
             thread.block = &block;
             thread.index = static_cast<unsigned>(t);
             thread.wait = nullptr;
-            thread.ended = thread.fenced = false;
+            thread.started = thread.ended = thread.fenced = false;
             thread.atomics.clear();
             m.threads.push_back(&thread);
         }
@@ -417,8 +403,10 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
         run_threads();
     } catch (...) {
         m.actions.clear();
+        m.abandoning = true;
         for (Thread* thread : m.threads)
-            if (!thread->ended) abandon(*thread);
+            if (thread->started && !thread->ended) resume(*thread);
+        m.abandoning = false;
         throw;
     }
 }

@@ -145,7 +145,7 @@ __global__ void exchange(const __grid_constant__ Lanes p) {
     put(__shfl_sync(p.mask, value, 5, 8));
     put(__shfl_xor_sync(p.mask, value, 31));
     put(__shfl_up_sync(p.mask, value, 0));
-    put(static_cast<int>(__shfl_sync(p.mask, static_cast<long long>(value) << 32, static_cast<int>(31 - lane)) >> 32));
+    put(static_cast<int>(__shfl_sync(p.mask, (1ll << 32) * value, static_cast<int>(31 - lane)) >> 32));
     put(static_cast<int>(__shfl_sync(p.mask, static_cast<float>(value), static_cast<int>(31 - lane))));
     put(static_cast<int>(__ballot_sync(p.mask, value > 0)));
     put(__any_sync(p.mask, value > 7) * 10 + __all_sync(p.mask, value > -100));
@@ -166,7 +166,7 @@ __global__ void meet_apart(const __grid_constant__ Lanes p) {
     const unsigned lane = threadIdx.x % 32, mine = lane % 2 ? 0xaaaaaaaau : 0x55555555u;
     int sum = p.from[lane];
     for (int i = 0; i < (lane % 2 ? 5 : 2); ++i) sum = __reduce_add_sync(mine, sum) % 1000;
-    p.to[lane] = __reduce_add_sync(0xffffffffu, sum);
+    p.to[threadIdx.x] = __reduce_add_sync(0xffffffffu, sum);
 }
 
 struct Nothing {
@@ -417,7 +417,7 @@ NATIVE_TEST(warp_collectives) {
         odd %= 1000, even %= 1000;
         for (int i = 1; i < 5; ++i) odd = odd * 16 % 1000;
         even = even * 16 % 1000;
-        for (int i = 0; i < 32; ++i) CHECK(to[i] == 16 * (odd + even), i << ": " << to[i]);
+        for (int i = 0; i < 64; ++i) CHECK(to[i] == 16 * (odd + even), i << ": " << to[i]);
     });
 }
 
