@@ -323,6 +323,7 @@ __device__ int gather(Shared& s, const Source& source, unsigned k) {
         // Row::hits lets through a few that equal the bound.
         found = bound_for(s, {0, 64}, k, kRowTopkRoom - Source::kKeys, each);
     }
+    __syncthreads();  // all have seen the count that was of no use
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
     const Bound bound = bound_at(found.bound);

@@ -1,5 +1,6 @@
 """Streaming row-wise top-k, in the emulator of CUDA."""
 
+import itertools
 import math
 
 import pytest
@@ -299,5 +300,5 @@ def test_parts_cover_a_row(kernels, parts, packs):
     begins = [kernels.row_topk_part_begin(part, parts, packs) for part in range(parts + 1)]
     assert begins[0] == 0
     assert begins[-1] == packs
-    sizes = [b - a for a, b in zip(begins, begins[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(begins)]
     assert max(sizes) - min(sizes) <= 1
