@@ -7,18 +7,18 @@
 // are then in one thread, and the filter exchanges nothing. The best keys stay in registers until the unit is done.
 //
 // Overlap. Both groups multiply the same chunks of x, each with rows of the weight of its own. The chunks of x repeat
-// with every tile, so the groups need not begin a tile together: the second one begins up to four chunks later, and sums
-// each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs ahead
-// in the ring of chunks, which is about as deep as a filter is long. Two groups in plain turns, which share nothing,
-// would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
+// with every tile, so the groups need not begin a tile together: the second one begins up to three chunks later, and
+// sums each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs
+// ahead in the ring of chunks, which is somewhat deeper than a filter is long. Two groups in plain turns, which share
+// nothing, would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
 //
 // Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's
-// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4: for
-// a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
+// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4:
+// for a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
 //
 // Order. screen_tile_of() has as many tokens go down the buckets together as are 16 MiB of x, which stay in the cache;
-// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768 once,
-// 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
+// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768
+// once, 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
 #include "cuda/screen.h"
 
 #include <cmath>
@@ -33,7 +33,7 @@ namespace {
 constexpr int kTokens = 128, kBuckets = 8, kMembers = 16, kLatents = kBuckets * kMembers;
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kMostStagger = 4;  // chunks; a filter takes as long as three to four chunks of products of one group
+constexpr int kMostStagger = 3;  // chunks; a filter takes as long as two or three chunks of one group's products
 constexpr int kChunkBytes = 128;  // of a row
 constexpr int kTileBytes = 128 * kChunkBytes;
 constexpr int kSteps = kChunkBytes / 32;  // products to a chunk
