@@ -355,7 +355,7 @@ __device__ __forceinline__ void load_numbers(float (&to)[Count], const void* fro
 
 // A thread has `Wide` neighbouring buckets of one row, so that it reads 16 bytes at a time where it can.
 template <class T, int Keep, int Wide>
-__global__ void __launch_bounds__(128, 8) bucket_kernel(const __grid_constant__ PanelParams p) {
+__global__ void __launch_bounds__(128, 6) bucket_kernel(const __grid_constant__ PanelParams p) {
     const Panel& panel = p.panel;
     const int n_buckets = p.keys.n_buckets, groups = ceil_div(n_buckets, Wide);
     const std::int64_t place = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -722,16 +722,11 @@ __global__ void __launch_bounds__(256, 2) repair_kernel(const __grid_constant__ 
                     latent[c] = latent_at(begin + first + min_of(i + c, count - 1));
                 float score[kTogether];
                 multiply_rows<T, Aligned>(score, x, operands, latent);
-                // All lanes have all scores, each writes one.
-                float mine = score[0];
-                std::int32_t whose = latent[0];
+                if (lane > 0) continue;
 #pragma unroll
-                for (int c = 1; c < kTogether; ++c) {
-                    mine = lane == c ? score[c] : mine;
-                    whose = lane == c ? latent[c] : whose;
-                }
-                if (lane < kTogether && i + lane < count)
-                    to[i + lane] = packed(with_bias<T>(mine, operands.bias, whose), whose, operands.absolute);
+                for (int c = 0; c < kTogether; ++c)
+                    if (i + c < count)
+                        to[i + c] = packed(with_bias<T>(score[c], operands.bias, latent[c]), latent[c], operands.absolute);
             }
         });
         for (int i = threadIdx.x; i < p.k; i += blockDim.x) p.spare[std::int64_t(item) * p.k + i] = best[i];

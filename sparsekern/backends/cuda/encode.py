@@ -240,8 +240,9 @@ def routed_topk_encode(
     screening.last.clear()
     for part in chunks(rows, selections * _row_bytes(plan, k)):
         mine = experts[part]
-        grouped = (order, offsets) if len(mine) == rows else _stand_in(x).group_slots(mine, n_experts)
-        slots = Slots(mine.view(len(mine) * selections, -1), *grouped, n_active, latents)
+        if len(mine) < rows:
+            order, offsets = _stand_in(x).group_slots(mine, n_experts)
+        slots = Slots(mine.view(len(mine) * selections, -1), order, offsets, n_active, latents)
         keys = screen_keys(screened, part, bias, plan, slots)
         found = values[part].view(-1, k), indices[part].view(-1, k)
         finish(keys, x[part], weight, bias, k, screened, part, plan, *found, slots)
