@@ -33,8 +33,10 @@ struct Params {
 
 struct Shared {
     std::uint64_t candidates[kRowTopkRoom];  // and before them the orders of the sample
-    std::uint64_t chosen[kRowTopkMostK];
-    unsigned histogram[kBins];
+    union {
+        unsigned histogram[kBins];
+        std::uint64_t chosen[kRowTopkMostK];  // after the last histogram
+    };
     std::uint64_t least[kWarps], most[kWarps];
     unsigned sums[kWarps];
     unsigned count, chosen_count;
@@ -43,6 +45,9 @@ struct Shared {
         unsigned bin, above, inside;
     } found;
 };
+// So that the resident blocks of a Hopper multiprocessor, with 1 KiB more each, leave 60 of its 256 KiB to L1, where the
+// loads in flight are kept.
+static_assert(kResidentBlocks * (sizeof(Shared) + 1024) <= 196 * 1024);
 
 // Word i of registers, which have no addresses: a tree of choices.
 template <int kWords>
@@ -153,20 +158,24 @@ struct Sink {
     unsigned room;
 };
 
+// Of the values of the warp's lanes, this one included.
+__device__ __forceinline__ unsigned sum_up_to_lane(unsigned value) {
+#pragma unroll
+    for (unsigned distance = 1; distance < 32; distance *= 2) {
+        const unsigned before = __shfl_up_sync(kWarp, value, distance);
+        if (threadIdx.x % 32 >= distance) value += before;
+    }
+    return value;
+}
+
 // Appends what the bits of `hits` stand for, in no certain order. For a whole warp.
 template <class Candidate>
 __device__ __forceinline__ void append(const Sink& sink, unsigned hits, Candidate candidate) {
     if (!__any_sync(kWarp, hits != 0)) return;
-    const unsigned lane = threadIdx.x % 32;
     const unsigned mine = __popc(hits);
-    unsigned end = mine;
-#pragma unroll
-    for (unsigned distance = 1; distance < 32; distance *= 2) {
-        const unsigned before = __shfl_up_sync(kWarp, end, distance);
-        if (lane >= distance) end += before;
-    }
+    const unsigned end = sum_up_to_lane(mine);
     unsigned at = 0;
-    if (lane == 31) at = atomicAdd(sink.count, end);
+    if (threadIdx.x % 32 == 31) at = atomicAdd(sink.count, end);
     at = __shfl_sync(kWarp, at, 31) + end - mine;
     if (at + mine > sink.room) return;  // nobody will use the list
     for (; hits; hits &= hits - 1) sink.list[at++] = candidate(__ffs(static_cast<int>(hits)) - 1);
@@ -235,11 +244,11 @@ struct Found {
 };
 
 // A bound that at least `wanted` and at most `most` orders reach: in each pass a histogram of the interval, of which
-// the bin where the wanted-th largest order lies is the next. `visit` calls its argument with all orders, and the same
-// ones each time; all are in `interval`. Ends because orders differ.
+// the bin where the wanted-th largest order lies is the next. `visit` calls its argument with all orders, all of them in
+// `interval`. Ends because orders differ.
 template <class Visit>
 __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigned wanted, unsigned most, Visit visit) {
-    const unsigned thread = threadIdx.x, lane = thread % 32;
+    const unsigned thread = threadIdx.x;
     unsigned above = 0;  // orders beyond the interval
     for (int passes = 1;; ++passes) {
         const int shift = max_of(interval.width - kBinBits, 0);
@@ -257,13 +266,8 @@ __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigne
         unsigned own[kOwnBins], sum = 0;
 #pragma unroll
         for (int i = 0; i < kOwnBins; ++i) sum += own[i] = s.histogram[kBins - 1 - (thread * kOwnBins + i)];
-        unsigned end = sum;
-#pragma unroll
-        for (unsigned distance = 1; distance < 32; distance *= 2) {
-            const unsigned before = __shfl_up_sync(kWarp, end, distance);
-            if (lane >= distance) end += before;
-        }
-        if (lane == 31) s.sums[thread / 32] = end;
+        const unsigned end = sum_up_to_lane(sum);
+        if (thread % 32 == 31) s.sums[thread / 32] = end;
         __syncthreads();
         unsigned before = above + end - sum;
         for (unsigned warp = 0; warp < thread / 32; ++warp) before += s.sums[warp];

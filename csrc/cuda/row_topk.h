@@ -22,7 +22,7 @@
 namespace sparsekern::cuda {
 
 constexpr int kRowTopkMostK = 1024;
-constexpr int kRowTopkRoom = 5120;        // candidates of a row in shared memory
+constexpr int kRowTopkRoom = 4864;        // candidates of a row in shared memory
 constexpr int kRowTopkMostSample = 4096;  // keys
 constexpr int kRowTopkCellKeys = 4;       // of the sample, from 16 bytes of the row
 constexpr std::int64_t kRowTopkMostKeys = std::int64_t{1} << 30;

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekern.backends.cuda import _library
 from sparsekern.backends.factored_adam import FactoredGradient, Part, Step, clip_factor, row_adam
+from sparsekern.backends.screening import LIMITS
 
 __all__ = ["ByLatent", "SortedFactors", "clip_factor", "row_adam"]
 
@@ -26,6 +27,9 @@ MOST_ENTRIES = 2**31 - SPLIT
 
 SLICE = 128
 """Slices are a multiple of so many columns: 512 bytes of a vector."""
+
+_ELEMENT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+"""In the order of ElementType in csrc/cuda/device.h."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Bound on the rows of a gradient that exist at one time."""
@@ -159,12 +163,10 @@ def _copy(step: Step) -> tuple[int | float, ...] | None:
     """The copy to refresh as the kernels take it."""
     if step.copy is None:
         return None
-    from sparsekern.backends.triton.encode import LIMITS
-
-    rows, scale, norm, error = step.copy.cast
-    kind = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn).index(rows.dtype)
-    scale_address = 0 if scale is None else scale.data_ptr()
-    return kind, rows.data_ptr(), LIMITS.get(rows.dtype, 0.0), scale_address, norm.data_ptr(), error.data_ptr()
+    cast = step.copy.cast
+    kind, limit = _ELEMENT_TYPES.index(cast.rows.dtype), LIMITS.get(cast.rows.dtype, 0.0)
+    scale = 0 if cast.scale is None else cast.scale.data_ptr()
+    return kind, cast.rows.data_ptr(), limit, scale, cast.norm.data_ptr(), cast.error.data_ptr()
 
 
 def slice_width(parts: Sequence[Part], cost: int) -> int:
