@@ -391,12 +391,13 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     p.n_experts = slots.n_experts;
     p.rows = narrow(args.rows);
     p.chunks = narrow(ceil_div(args.d, kChunk));
-    p.stagger = min_of(kMostStagger, p.chunks / 2);
     p.whole_members = narrow(args.n_real / args.n_buckets);
     p.longer_buckets = narrow(args.n_real % args.n_buckets);
     p.n_buckets = narrow(args.n_buckets);
     p.n_members = narrow(args.n_members);
     p.tiles = narrow(ceil_div(args.n_members, kMembers));
+    // At both ends of a unit so many chunks are loaded for one group alone, which short units feel.
+    p.stagger = min_of(min_of(kMostStagger, p.tiles), p.chunks / 2);
     p.cluster = args.cluster;
     p.token_tiles = narrow(ceil_div(args.rows, kTokens * args.cluster)) + slots.n_experts;
     p.bucket_tiles = narrow(ceil_div(args.n_buckets, kGroups * kBuckets));
