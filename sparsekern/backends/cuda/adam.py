@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsekern.backends.cuda import _library
 from sparsekern.backends.factored_adam import FactoredGradient, Part, Step, clip_factor, row_adam
+from sparsekern.backends.screening import LIMITS
 
 __all__ = ["ByLatent", "SortedFactors", "clip_factor", "row_adam"]
 
@@ -159,8 +160,6 @@ def _copy(step: Step) -> tuple[int, ...] | None:
     """The copy to refresh as the kernels take it."""
     if step.copy is None:
         return None
-    from sparsekern.backends.triton.encode import LIMITS
-
     rows, scale, norm, error = step.copy.cast
     kind = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn).index(rows.dtype)
     scale_address = 0 if scale is None else scale.data_ptr()
