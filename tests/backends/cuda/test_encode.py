@@ -365,6 +365,27 @@ def test_values_indices_and_gradients_of_the_op(monkeypatch, dtype, absolute):
     assert_equal(*results)
 
 
+def test_the_optimizer_keeps_the_copy_that_the_screen_reads(monkeypatch):
+    few_buckets(monkeypatch)
+    monkeypatch.setattr(cuda, "screens", lambda n, d: True)
+    casts = []
+    cast_rows = encode.cast_rows
+    monkeypatch.setattr(encode, "cast_rows", lambda rows, *rest: casts.append(len(rows)) or cast_rows(rows, *rest))
+    sae = sk.SAE(16, 200, sk.TopK(4), generator=torch.Generator().manual_seed(1))
+    trainer = sk.Trainer(sae, lr=1e-2)
+    x = torch.randn(3, 8, 16)
+    for batch in x[:2]:
+        trainer.step(batch)
+    casts.clear()
+    trainer.step(x[2])
+    assert casts == [8]  # of the tokens alone
+    assert int(cuda.last_encode().repaired) == 0
+    copy, fresh = screening.current_copy(sae.W_enc), encode.cast_rows(sae.W_enc.detach(), plans.SCREEN_DTYPE)
+    assert torch.equal(copy.cast.rows, fresh.rows)
+    assert torch.equal(copy.cast.scale, fresh.scale)
+    assert copy.zeros >= 56  # up to whole tiles
+
+
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_gradients_of_the_routed_op(monkeypatch, per_expert):
     results = []

@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
     assert adam.row_adam(factors, weight, unit_rows, state, **options, copy=kept, finite=~finite) == 0
     assert torch.equal(weight, before[0])
     assert all(torch.equal(state[name], before[1][name]) for name in state)
-    assert all(torch.equal(a, b) for a, b in zip(kept.cast[:4], before[2][:4], strict=True) if a is not None)
+    assert all(torch.equal(a, b) for a, b in zip(kept.cast, before[2], strict=True) if a is not None)
     assert kept.is_current(weight)
     assert kept.unchanged(weight)
 
