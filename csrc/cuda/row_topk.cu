@@ -113,7 +113,7 @@ struct Row {
     }
     // A bit for each key of a pack: those that reach the bound, and in the pack where it is also those that equal it.
     __device__ unsigned hits(const Pack16& keys, int pack, const Bound& bound) const {
-        const float below = static_cast<std::uint32_t>(first(pack)) <= bound.last ? bound.below : bound.below_later;
+        const float below = bound.below(first(pack));
         unsigned hits = 0;
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) hits |= static_cast<unsigned>(!(to_float(key(keys, j)) <= below)) << j;

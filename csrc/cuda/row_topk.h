@@ -106,8 +106,12 @@ __host__ __device__ __forceinline__ std::uint32_t index_of(std::uint64_t order) 
 struct Bound {
     std::uint64_t order;
     std::uint32_t last;  // up to this index a key that equals the bound's reaches it
-    float below;         // up to there
+    float below_tied;    // up to there
     float below_later;   // after it
+
+    __host__ __device__ __forceinline__ float below(int index) const {
+        return static_cast<std::uint32_t>(index) <= last ? below_tied : below_later;
+    }
 };
 
 // The largest key of a lower code; NaN, which every key passes, where there is none.
