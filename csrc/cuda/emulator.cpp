@@ -117,7 +117,7 @@ constexpr std::size_t kPage = 64 * 1024;  // a multiple of every system's
 constexpr std::size_t kStack = 4 * kPage;
 
 // Turns in which every thread only looked at flags that did not change, before that counts as a deadlock.
-constexpr int kPatience = 200'000;
+constexpr int kPatience = 20'000;
 
 // Clusters that follow each other are made up of different fibers where ThreadSanitizer looks: a barrier in one is not to
 // order what threads of another do.
@@ -228,7 +228,7 @@ void complete(Barrier& barrier, unsigned absent) {
     ++barrier.generation;
 }
 
-// A fiber's first function: a CUDA thread of one block after the other.
+// A fiber's one function: a CUDA thread of one block after the other.
 void live() {
     Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
@@ -316,7 +316,7 @@ void carry_out(std::size_t place) {
     if (error) std::rethrow_exception(error);
 }
 
-// "threads 0-31, 64 of block 2 wait for ..." for all that have not ended.
+// A line for each run of threads that wait for the same.
 std::string waiting() {
     std::ostringstream text;
     const auto state = [](const Thread& thread) {
@@ -452,11 +452,9 @@ void later(std::string what, std::function<void()> action) {
     Unseen unseen;
     Machine& m = machine();
     m.worked = true;
-    m.actions.push_back({1 + draw(6), std::move(what), std::move(action), std::make_unique<char>()});
+    m.actions.push_back({1 + static_cast<unsigned>(next_random() % 6), std::move(what), std::move(action), std::make_unique<char>()});
     release(m.actions.back().tag.get());
 }
-
-unsigned draw(unsigned n) { return static_cast<unsigned>(next_random() % n); }
 
 unsigned char* shared(std::size_t bytes) {
     Unseen unseen;

@@ -42,7 +42,7 @@ namespace emulator {
 // Why a thread does not go on. It lies on the stack of the thread that waits.
 struct Wait {
     virtual bool over() const = 0;
-    virtual std::string text() const = 0;  // goes on from "threads 0-31 wait "
+    virtual std::string text() const = 0;  // goes on from "threads 0 to 31 wait "
 
 protected:
     ~Wait() = default;
@@ -96,9 +96,6 @@ void barrier(int id, unsigned threads, bool waits);
 void cluster_barrier();
 
 unsigned char* shared(std::size_t bytes);
-
-// A number from 0 to n - 1, of the seed.
-unsigned draw(unsigned n);
 
 // What ThreadSanitizer is told: what happens before release(tag) happens before what follows acquire(tag); an action
 // reads or writes a range. Nothing without it.
