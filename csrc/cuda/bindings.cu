@@ -224,8 +224,8 @@ void gather_rows_at(std::uintptr_t x, std::int64_t stride_bytes, std::uintptr_t 
 using ProductArgs = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t,
                                std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int32_t>;
 
-// Sums, entries of a piece, n, d, slice; the address of the weight, whether its rows are unit rows, and the addresses of
-// `needed` and `squares`.
+// Sums, entries of a piece, n, d, slice; the address of the weight, whether its rows are unit rows, and the addresses
+// of `needed` and `squares`.
 using GradientArgs = std::tuple<std::vector<ProductArgs>, std::int32_t, std::int64_t, std::int32_t, std::int32_t,
                                 std::uintptr_t, bool, std::uintptr_t, std::uintptr_t>;
 
@@ -234,9 +234,15 @@ using CopyArgs = std::tuple<int, std::uintptr_t, float, std::uintptr_t, std::uin
 
 OuterProducts product_of(const ProductArgs& args) {
     const auto& [values, vectors, stride, start, order, row_of, piece_start, pieces, k] = args;
-    return {at<const float>(values),       at<const float>(vectors),            stride,
-            at<const std::int32_t>(start), at<const std::int32_t>(order),       at<const std::int32_t>(row_of),
-            at<const std::int32_t>(piece_start), at<const float>(pieces), k};
+    return {at<const float>(values),
+            at<const float>(vectors),
+            stride,
+            at<const std::int32_t>(start),
+            at<const std::int32_t>(order),
+            at<const std::int32_t>(row_of),
+            at<const std::int32_t>(piece_start),
+            at<const float>(pieces),
+            k};
 }
 
 RowGradient gradient_of(const GradientArgs& args) {
@@ -264,7 +270,8 @@ void bind_sort_by_latent(std::uintptr_t latent, std::int64_t entries, std::int64
 }
 
 void bind_sum_pieces(const ProductArgs& product, std::uintptr_t piece_latent, std::int64_t pieces, std::int64_t n,
-                     std::int32_t d, std::int32_t split, std::int32_t slice, std::uintptr_t sums, std::uintptr_t stream) {
+                     std::int32_t d, std::int32_t split, std::int32_t slice, std::uintptr_t sums,
+                     std::uintptr_t stream) {
     sum_pieces(product_of(product), at<const std::int32_t>(piece_latent), pieces, n, d, split, slice, at<float>(sums),
                stream_at(stream));
 }

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) count_digits(const __grid_constant__
 struct Scan {
     std::int32_t* items;  // replaced by the sums of all items before
     std::int64_t count;
-    // What the tiles tell each other: in the upper half 0 for nothing yet, 1 for the tile's own sum, 2 for the sum up to
-    // its end; in the lower half the sum. Both zero at first, as the ticket.
+    // What the tiles tell each other: in the upper half 0 for nothing yet, 1 for the tile's own sum, 2 for the sum up
+    // to its end; in the lower half the sum. All zero at first, as the ticket.
     unsigned long long* cells;
     unsigned* ticket;
 };
@@ -85,10 +85,11 @@ __device__ int sum_before_tile(const Scan& p, int tile, int own) {
     if (lane == 0) atomicAdd(p.cells + tile, kOwnSum | static_cast<unsigned>(own));
     unsigned before = 0;
     for (int last = tile - 1; last >= 0; last -= 32) {
-        unsigned long long cell = static_cast<unsigned long long>(kWholeSum) << 32;  // nothing lies before the first tile
-        if (last - lane >= 0)
+        unsigned long long cell = kOwnSum * kWholeSum;  // of what lies before the first tile, which is nothing
+        if (last - lane >= 0) {
             do cell = load_acquire(p.cells + (last - lane));
             while (cell == 0);
+        }
         const unsigned whole = __ballot_sync(kAllLanes, cell >> 32 == kWholeSum);
         const int nearest = whole ? __ffs(static_cast<int>(whole)) - 1 : 31;
         before += __reduce_add_sync(kAllLanes, lane <= nearest ? static_cast<unsigned>(cell) : 0u);

@@ -15,7 +15,7 @@ namespace sparsekern::cuda {
 struct EntriesByLatent {
     std::int32_t* start;         // [d_sae + 1]: the entries of latent i are order[start[i] .. start[i + 1])
     std::int32_t* order;         // [entries]
-    std::int32_t* piece_start;   // [d_sae]: how many pieces the latents before i have; those of up to `split` entries have none
+    std::int32_t* piece_start;   // [d_sae]: how many pieces the latents before i have; up to `split` entries are none
     std::int32_t* piece_latent;  // [most_pieces]: the latent of each piece, d_sae for pieces that are not used
 };
 

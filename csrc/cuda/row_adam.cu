@@ -4,13 +4,13 @@
 // for is asked for early: the weight before the gradient is summed, the moments before the first sum over the row, 32
 // entries at a time, and the vectors of several entries together. Latents without an entry only stream.
 //
-// Slices. A step reads and writes 24 bytes for each of n * d parameters and reads 4 d for each entry. The entries' vectors
-// come from the second-level cache if they fit into it. Where they do not, blocks go through a slice of the columns of
-// all latents before the next slice, and a slice of the vectors stays in the cache. Against it stands what needs whole
-// rows. The scale of a copy does: the copy is then made in a pass of its own, for 4 bytes a parameter more. So do the
-// projection and the norm of unit rows: their gradient is then made in slices, some latents at a time, and read whole, for
-// 8 bytes and the vectors once more for each lot. (Blocks of a cluster, with a slice each, could share sums over a row, but
-// run together: all slices would be in the cache at once again.)
+// Slices. A step reads and writes 24 bytes for each of n * d parameters and reads 4 d for each entry. The entries'
+// vectors come from the second-level cache if they fit into it. Where they do not, blocks go through a slice of the
+// columns of all latents before the next slice, and a slice of the vectors stays in the cache. Against it stands what
+// needs whole rows. The scale of a copy does: the copy is then made in a pass of its own, for 4 bytes a parameter more.
+// So do the projection and the norm of unit rows: their gradient is then made in slices, a lot of latents at a time, and
+// read whole, for 8 bytes a parameter and the vectors once more for each lot. (Blocks of a cluster, with a slice each,
+// could share sums over a row, but run together: all slices would be in the cache at once again.)
 //
 // GB for one weight on an H100, whose cache of 50 MB may hold as little as 25 MB of what all multiprocessors read, for
 // (B, d, n, k) of A = (8192, 4096, 131072, 64), B = (8192, 768, 2^20, 32), F = (8192, 768, 131072, 32),
@@ -28,8 +28,8 @@
 //     unit rows:        whole           18.3 to 19.9  19.4          2.5          10.1 to 11.7 34 to 36
 //                       slices          18.2          25.8          3.2          5.3          5.4
 //
-// So it is the vectors beyond the cache, against the bytes that slices cost, which decides; the caller counts them. At A
-// slices are for the encoder alone, 16 to 35% less.
+// So the vectors' bytes beyond the cache decide, against those that slices cost; the caller counts them. At A slices are
+// for the encoder alone, 16 to 35% less; at G and E, for both weights, half and a seventh are left.
 #include "cuda/row_adam.h"
 
 namespace sparsekern::cuda {
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) sum_piece(const __gri
     store_row<S>(p.sums + piece * p.d, total, columns);
 }
 
-// What the warps of a block tell each other.
+// What the warps of a block tell each other. One alone has nothing to tell.
 template <int Threads>
 struct Partial {
     float of[3][Threads / 32];
@@ -261,7 +261,7 @@ struct Partial {
 // Over the block the sums of the first numbers of `x` and the largest of the others. Each use within a kernel has a
 // memory of its own, so that no barrier is needed after it.
 template <class S, int Sums, int Maxima>
-__device__ __forceinline__ void combine_over_block(float (&x)[Sums + Maxima], Partial<S::kThreads>* memory) {
+__device__ __forceinline__ void combine_over_block(float (&x)[Sums + Maxima], Partial<S::kThreads>& memory) {
     const auto combine = [](int i, float a, float b) { return i < Sums ? a + b : fmaxf(a, b); };
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
@@ -271,13 +271,13 @@ __device__ __forceinline__ void combine_over_block(float (&x)[Sums + Maxima], Pa
         const int thread = static_cast<int>(threadIdx.x);
         if (thread % 32 == 0)
 #pragma unroll
-            for (int i = 0; i < Sums + Maxima; ++i) memory->of[i][thread / 32] = x[i];
+            for (int i = 0; i < Sums + Maxima; ++i) memory.of[i][thread / 32] = x[i];
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < Sums + Maxima; ++i) {
-            x[i] = memory->of[i][0];
+            x[i] = memory.of[i][0];
 #pragma unroll
-            for (int warp = 1; warp < S::kThreads / 32; ++warp) x[i] = combine(i, x[i], memory->of[i][warp]);
+            for (int warp = 1; warp < S::kThreads / 32; ++warp) x[i] = combine(i, x[i], memory.of[i][warp]);
         }
     }
 }
@@ -286,16 +286,6 @@ template <class S>
 struct RowMemory {
     Partial<S::kThreads> along, totals, rounded;
 };
-
-// Of one warp nothing goes through memory.
-template <class S>
-constexpr std::size_t kRowMemory = S::kThreads > 32 ? sizeof(RowMemory<S>) : 0;
-
-template <class S>
-__device__ __forceinline__ RowMemory<S>* row_memory() {
-    if constexpr (S::kThreads > 32) return &shared_memory<RowMemory<S>>();
-    else return nullptr;
-}
 
 template <class T, int Count>
 struct alignas(sizeof(T) * Count) Pack {
@@ -322,7 +312,7 @@ __device__ __forceinline__ void store_rounded(const float (&row)[S::kNumbers], f
 template <class S>
 __device__ __forceinline__ void refresh_copy(const RoundedRows& copy, std::int64_t latent, std::int32_t d,
                                              const float (&row)[S::kNumbers], float largest, const Columns<S>& columns,
-                                             RowMemory<S>* memory) {
+                                             RowMemory<S>& memory) {
     const float scale = copy.limit > 0 ? fmaxf(quotient(largest, copy.limit), 1e-30f) : 1.0f;
     float sums[2] = {0, 0};  // of the squares of the row, and of what rounding changes
     columns.each_number([&](int i) { sums[0] = fmaf(row[i], row[i], sums[0]); });
@@ -333,7 +323,7 @@ __device__ __forceinline__ void refresh_copy(const RoundedRows& copy, std::int64
         store_rounded<S>(row, scale, static_cast<bf16*>(copy.rows) + place, columns, sums[1]);
     else
         store_rounded<S>(row, scale, static_cast<e4m3*>(copy.rows) + place, columns, sums[1]);
-    combine_over_block<S, 2, 0>(sums, &memory->rounded);
+    combine_over_block<S, 2, 0>(sums, memory.rounded);
     if (threadIdx.x == 0) {
         if (copy.limit > 0) copy.scale[latent] = scale;
         copy.norm[latent] = root(sums[0]);
@@ -357,7 +347,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
     const Columns<S> columns = columns_of_block<S>(g.n, g.d, g.slice, latent, number);
     const std::int64_t place = latent * g.d;
     const bool update = a.weight != nullptr;
-    RowMemory<S>* memory = row_memory<S>();
+    RowMemory<S>& memory = shared_memory<RowMemory<S>>();
 
     float row[S::kNumbers];
     if (update || g.unit_rows) load_own_row<S>(row, g.weight + place, columns);
@@ -379,7 +369,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
     if (g.unit_rows && any) {
         float along[1] = {0};
         columns.each_number([&](int i) { along[0] = fmaf(gradient[i], row[i], along[0]); });
-        combine_over_block<S, 1, 0>(along, &memory->along);
+        combine_over_block<S, 1, 0>(along, memory.along);
         columns.each_number([&](int i) { gradient[i] = fmaf(-along[0], row[i], gradient[i]); });
     }
     if (p.made) store_row<S>(p.made + place, gradient, columns);
@@ -407,7 +397,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) update_row(const __gr
         });
     }
 
-    if (any || (update && (g.unit_rows || a.copy.limit > 0))) combine_over_block<S, 2, 1>(totals, &memory->totals);
+    if (any || (update && (g.unit_rows || a.copy.limit > 0))) combine_over_block<S, 2, 1>(totals, memory.totals);
     if (any && g.squares && threadIdx.x == 0) g.squares[number * g.n + latent] = totals[0];
     if (!update) return;
 
@@ -434,11 +424,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) copy_row(const __grid
     if (p.needed && !*p.needed) return;
     const std::int64_t latent = blockIdx.x;
     const Columns<S> columns{0, p.d};
-    RowMemory<S>* memory = row_memory<S>();
+    RowMemory<S>& memory = shared_memory<RowMemory<S>>();
     float row[S::kNumbers], largest[1] = {0};
     load_own_row<S>(row, p.weight + latent * p.d, columns);
     columns.each_number([&](int i) { largest[0] = fmaxf(largest[0], fabsf(row[i])); });
-    if (p.copy.limit > 0) combine_over_block<S, 0, 1>(largest, &memory->totals);
+    if (p.copy.limit > 0) combine_over_block<S, 0, 1>(largest, memory.totals);
     refresh_copy<S>(p.copy, latent, p.d, row, largest[0], columns, memory);
 }
 
@@ -479,8 +469,8 @@ __global__ void __launch_bounds__(kBoundThreads) bound_row(const __grid_constant
     if (lane == 0) p.bounds[latent] = bound;
 }
 
-// Calls `run` with the shape for rows, or slices, of `columns` numbers. A warp if it can: it needs no barriers. Rows that
-// cannot be read 16 bytes at a time have fewer shapes.
+// Calls `run` with the shape for rows, or slices, of `columns` numbers. A warp if it can: it needs no barriers. Rows
+// that cannot be read 16 bytes at a time have fewer shapes.
 template <class Run>
 void with_shape_for(std::int32_t columns, bool aligned, Run run) {
     if (columns > kWidest) throw std::invalid_argument("rows must have at most 16384 columns");
@@ -507,6 +497,13 @@ LaunchShape blocks_for(std::int64_t items, std::int32_t d, std::int32_t slice, i
 
 bool whole_packs(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 
+std::int64_t size_of(ElementType type) { return type == ElementType::float8_e4m3 ? 1 : 2; }  // in a copy
+
+// Four of its elements are written at once.
+bool whole_packs(const RoundedRows& copy) {
+    return reinterpret_cast<std::uintptr_t>(copy.rows) % (4 * size_of(copy.type)) == 0;
+}
+
 bool whole_packs(const OuterProducts& product) {
     return whole_packs(product.vectors) && whole_packs(product.pieces) && product.stride % 4 == 0;
 }
@@ -523,10 +520,10 @@ void launch_rows(const char* name, const RowPass& pass, Stream stream) {
     const AdamStep& a = pass.step;
     const bool aligned = whole_packs(g) && whole_packs(pass.made) && whole_packs(pass.given) &&
                          whole_packs(a.weight) && whole_packs(a.first_moment) && whole_packs(a.second_moment) &&
-                         whole_packs(a.copy.rows);
+                         whole_packs(a.copy);
     with_shape_for(min_of(g.d, g.slice), aligned, [&](auto shape) {
         using S = decltype(shape);
-        launch(name, update_row<S>, blocks_for(g.n, g.d, g.slice, S::kThreads, kRowMemory<S>), stream, pass);
+        launch(name, update_row<S>, blocks_for(g.n, g.d, g.slice, S::kThreads, sizeof(RowMemory<S>)), stream, pass);
     });
 }
 
@@ -549,7 +546,7 @@ RowPass some_latents(RowPass pass, std::int64_t first, std::int64_t count) {
     for (float** numbers : {&g.squares, &a.copy.scale, &a.copy.norm, &a.copy.error}) advance(*numbers, first);
     advance(g.weight, place);
     auto* copied = static_cast<std::uint8_t*>(a.copy.rows);
-    advance(copied, place * (a.copy.type == ElementType::float8_e4m3 ? 1 : 2));
+    advance(copied, place * size_of(a.copy.type));
     a.copy.rows = copied;
     return pass;
 }
@@ -604,10 +601,10 @@ void row_adam(const RowGradient& gradient, const AdamStep& step, const RowWorksp
     launch_pass("row_adam", pass, workspace, stream);
     if (!copy_apart) return;
     const CopyPass copy{gradient.needed, step.weight, gradient.n, gradient.d, step.copy};
-    const bool aligned = gradient.d % 4 == 0 && whole_packs(step.weight) && whole_packs(step.copy.rows);
+    const bool aligned = gradient.d % 4 == 0 && whole_packs(step.weight) && whole_packs(step.copy);
     with_shape_for(gradient.d, aligned, [&](auto shape) {
         using S = decltype(shape);
-        launch("copy_row", copy_row<S>, {gradient.n, S::kThreads, kRowMemory<S>}, stream, copy);
+        launch("copy_row", copy_row<S>, {gradient.n, S::kThreads, sizeof(RowMemory<S>)}, stream, copy);
     });
 }
 

@@ -1,10 +1,10 @@
 // Adam over a matrix of one row a latent whose gradient is kept as factors,
 //
-//     G[i] = sum over the sums of outer products, and over the entries e of latent i, of  values[e] * vectors[row of e],
+//     G[i] = sum over the sums of outer products, and over the entries e of latent i, of  values[e] * vectors[row(e)],
 //
-// so that the gradient itself never exists, or of a few latents at a time: a block has a latent, makes its row of G in
-// registers, and uses it up there. One pass over memory removes the component along a unit row, clips, updates both moments and the weight, restores the
-// unit norm, and refreshes the low-precision copy that the encoder screens with.
+// so that the gradient itself never exists, or that of some latents at a time: a block has a latent, makes its row of G
+// in registers, and uses it up there. One pass over memory removes the component along a unit row, clips, updates both
+// moments and the weight, restores the unit norm, and refreshes the low-precision copy that the encoder screens with.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ struct RowGradient {
     bool unit_rows;       // remove the component along weight[i] from G[i]
     // Where it holds false nothing at all is done; nullptr for always.
     const std::uint8_t* needed;
-    // [slices, n]: of the squares of G[i] in each slice the sum, unclipped. Not written for latents without an entry. For
-    // unit rows [n]: they are squared whole.
+    // [slices, n]: of the squares of G[i] in each slice the sum, unclipped. Not written for latents without an entry.
+    // For unit rows [n]: they are squared whole.
     float* squares;
 };
 
@@ -73,7 +73,7 @@ constexpr std::int32_t kWidest = 16384;
 void sum_pieces(const OuterProducts& product, const std::int32_t* piece_latent, std::int64_t pieces, std::int64_t n,
                 std::int32_t d, std::int32_t split, std::int32_t slice, float* sums, Stream stream);
 
-// bounds[i]: an upper bound on |G[i]| by the triangle inequality, up to rounding. norms[p]: those of the vectors of sum p.
+// bounds[i]: an upper bound on |G[i]| by the triangle inequality, up to rounding. norms[s]: of the vectors of sum s.
 void bound_rows(const RowGradient& gradient, const float* const* norms, float* bounds, Stream stream);
 
 // rows [n, d]: the gradient, which is not projected.

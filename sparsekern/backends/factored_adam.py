@@ -1,7 +1,7 @@
 """Adam on weights of one row a latent with gradients that stay factored, as far as all GPU kernels do it alike.
 
-A backend's kernels sort entries by latent and make, use up, and forget one row of the gradient at a time. What is around
-them is here: which sums of outer products they are given, whether clipping bites, and the state of Adam.
+A backend's kernels sort entries by latent and make, use up, and forget one row of the gradient at a time. What is
+around them is here: which sums of outer products they are given, whether clipping bites, and the state of Adam.
 
 Whether clipping bites is decided on the device. An upper bound on the norm by the triangle inequality costs next to
 nothing; where it is above the clipping norm, :func:`clip_factor` has the norm summed in a pass of its own over the
@@ -67,8 +67,8 @@ class Step(NamedTuple):
 class FactoredGradient(ABC):
     """A gradient ``[d_sae, d]`` as sums of outer products, sorted by latent.
 
-    The kernels take a few sums; where there are more, a dense gradient is made of them, which is a sum of outer products
-    too, with one entry a latent.
+    The kernels take a few sums; where there are more, a dense gradient is made of them, which is a sum of outer
+    products too, with one entry a latent.
     """
 
     most_parts: ClassVar[int]
@@ -110,8 +110,8 @@ class FactoredGradient(ABC):
     def run(self, weight: Tensor, unit_rows: bool, needed: Tensor, step: Step | None) -> Tensor:
         """One pass over the rows; the sum of squares ``[]`` float64 of the gradient, unclipped.
 
-        For `unit_rows` the gradient is without its components along `weight`. With a `step` weight, moments and copy are
-        updated. Where `needed` ``[]`` is false nothing is done, and the sum is zero.
+        For `unit_rows` the gradient is without its components along `weight`. With a `step` weight, moments and copy
+        are updated. Where `needed` ``[]`` is false nothing is done, and the sum is zero.
         """
 
 

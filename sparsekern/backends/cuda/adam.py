@@ -1,8 +1,8 @@
-"""Adam on weights of one row a latent with gradients that stay factored: ``csrc/cuda/by_latent.cu`` and ``row_adam.cu``.
+"""Adam on weights of one row a latent with gradients that stay factored: csrc/cuda/by_latent.cu and row_adam.cu.
 
-A block has a latent. Where the vectors of the gradient do not fit into the second-level cache, blocks go through a slice
-of the columns of all latents before the next; ``row_adam.cu`` has the bytes that this saves and costs. What is around the
-kernels is in :mod:`sparsekern.backends.factored_adam`.
+A block has a latent. Where the vectors of the gradient do not fit into the second-level cache, blocks go through a
+slice of the columns of all latents before the next; row_adam.cu counts the bytes that this saves and costs. What is
+around the kernels is in :mod:`sparsekern.backends.factored_adam`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ MOST_ENTRIES = 2**31 - SPLIT
 
 SLICE = 128
 """Slices are a multiple of so many columns: 512 bytes of a vector."""
+
+_ELEMENT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+"""In the order of ElementType in csrc/cuda/device.h."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Bound on the rows of a gradient that exist at one time."""
@@ -156,21 +159,21 @@ def _addresses(part: Part) -> tuple[int, ...]:
     )
 
 
-def _copy(step: Step) -> tuple[int, ...] | None:
+def _copy(step: Step) -> tuple[int | float, ...] | None:
     """The copy to refresh as the kernels take it."""
     if step.copy is None:
         return None
-    rows, scale, norm, error = step.copy.cast
-    kind = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn).index(rows.dtype)
-    scale_address = 0 if scale is None else scale.data_ptr()
-    return kind, rows.data_ptr(), LIMITS.get(rows.dtype, 0.0), scale_address, norm.data_ptr(), error.data_ptr()
+    cast = step.copy.cast
+    kind, limit = _ELEMENT_TYPES.index(cast.rows.dtype), LIMITS.get(cast.rows.dtype, 0.0)
+    scale = 0 if cast.scale is None else cast.scale.data_ptr()
+    return kind, cast.rows.data_ptr(), limit, scale, cast.norm.data_ptr(), cast.error.data_ptr()
 
 
 def slice_width(parts: Sequence[Part], cost: int) -> int:
     """Columns that are gone through together, so that those of the vectors take a third of the second-level cache.
 
-    All, unless the bytes of vectors that would then come from beyond the cache are more than the `cost` of slices. It is
-    taken to hold as large a share of what is read from it as of the vectors.
+    All, unless the bytes of vectors that would then come from beyond the cache are more than the `cost` of slices. The
+    cache is taken to serve as large a share of the reads as it can hold of the vectors.
     """
     d, vectors, cache = parts[0].vectors.shape[1], _bytes(parts), cache_bytes(parts[0].vectors.device)
     gathered = 4 * d * sum(part.values.numel() for part in parts)

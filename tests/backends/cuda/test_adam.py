@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsekern as sk
-from sparsekern.backends import reference
+from sparsekern.backends import cuda, reference
 from sparsekern.backends.cuda import _library, adam
+from sparsekern.backends.screening import LIMITS, Cast
 from sparsekern.factors import OuterProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -182,7 +183,7 @@ def test_slices_are_chosen_by_the_bytes_that_they_save(monkeypatch, shape, encod
     factors._d_sae, factors.parts = n, [adam.Part(empty(rows, k), empty(rows, d), by, empty(0))]
     monkeypatch.setattr(_library, "module_for", lambda tensor: SimpleNamespace(row_adam=lambda *args: None))
     for unit_rows, copied in [(False, (empty(n, d, dtype=torch.float16), *[empty(n)] * 3)), (True, None)]:
-        kept = copied and SimpleNamespace(cast=copied)
+        kept = copied and SimpleNamespace(cast=Cast(*copied))
         plan = adam.Step((empty(n, d), empty(n, d)), empty(3), (0.1, 0.001), 1e-8, kept)
         factors.run(empty(n, d), unit_rows, empty((), dtype=torch.bool), plan)
     assert widths == [encoder, decoder]
@@ -225,7 +226,8 @@ def test_training_equals_that_of_the_reference(monkeypatch, activation, unit_row
         sae = sk.SAE(13, 60, chosen, generator=torch.Generator().manual_seed(1), **options)
         trainer = sk.Trainer(sae, lr=1e-2, clip_norm=0.1)
         norms = [trainer.step(x).grad_norm for x in torch.randn(4, 24, 13, generator=torch.Generator().manual_seed(2))]
-        moments = {f"{name} {key}": t for name, p in sae.named_parameters() for key, t in trainer.optimizer.state[p].items()}
+        state = trainer.optimizer.state
+        moments = {f"{name} {key}": t for name, p in sae.named_parameters() for key, t in state[p].items()}
         runs.append((torch.stack([torch.as_tensor(norm) for norm in norms]), {**sae.state_dict(), **moments}))
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=1e-7)
     assert runs[0][1].keys() == runs[1][1].keys()
@@ -234,7 +236,8 @@ def test_training_equals_that_of_the_reference(monkeypatch, activation, unit_row
 
 
 def test_clipping_has_one_norm_for_all_weights():
-    weights, parts = [random_weight(17), random_weight(20)], [random_parts(17, ["fixed"]), random_parts(20, ["csr"] * 2)]
+    weights = [random_weight(17), random_weight(20)]
+    parts = [random_parts(17, ["fixed"]), random_parts(20, ["csr"] * 2)]
     both = list(enumerate(zip(parts, weights, strict=True)))
     found = [(adam.SortedFactors(some, N), weight, i == 1) for i, (some, weight) in both]
     exact = sum(dense_gradient(some, weight.double(), i == 1).square().sum() for i, (some, weight) in both)
@@ -248,7 +251,8 @@ def test_the_bound_on_the_norm_may_be_loose_but_never_low():
     (one,) = random_parts(19, ["fixed"])
     opposite = one._replace(values=-0.999 * one.values)
     apart = OuterProducts(one.values[:, :1], torch.arange(7, dtype=torch.int32)[:, None], one.vectors)
-    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([csr_part(19)], 1.1, 10), ([one, opposite], 1e3, 1e9)]:
+    entries = csr_part(19)
+    for parts, least, most in [([apart], 1, 1.01), ([one], 1.1, 10), ([entries], 1.1, 10), ([one, opposite], 1e3, 1e9)]:
         factors = adam.SortedFactors(parts, N)
         exact = dense_gradient(parts, weight.double(), False).square().sum()
         assert least <= factors.square_bound().item() / exact <= most
@@ -282,12 +286,34 @@ def test_entries_of_value_zero_add_nothing_whatever_their_vectors_hold():
 
 
 def test_factors_of_half_precision_are_taken():
-    weight = random_weight(20)
-    halves = [part._replace(values=part.values.bfloat16(), vectors=part.vectors.bfloat16()) for part in random_parts(20, ["fixed"])]
-    other, floats = weight.clone(), [part._replace(values=part.values.float(), vectors=part.vectors.float()) for part in halves]
-    step(halves, weight, True, fresh_state(weight))
-    step(floats, other, True, fresh_state(other))
+    weight, (part,) = random_weight(20), random_parts(20, ["fixed"])
+    other = weight.clone()
+    half = part._replace(values=part.values.bfloat16(), vectors=part.vectors.bfloat16())
+    step([half], weight, True, fresh_state(weight))
+    same = half._replace(values=half.values.float(), vectors=half.vectors.float())
+    step([same], other, True, fresh_state(other))
     assert torch.equal(weight, other)
+
+
+def test_entries_are_sorted_once_for_all_parts_that_share_them():
+    one, other = random_parts(19, ["fixed", "csr"])
+    again = one._replace(values=one.values * 2, vectors=torch.randn(7, 19))
+    parts = adam.SortedFactors([one, again, other], N).parts
+    assert parts[0].by is parts[1].by
+    assert parts[0].by is not parts[2].by
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_vectors_may_lie_beyond_32_bits(monkeypatch, tmp_path, split):
+    """Two of them, 8 GB apart in a file that is a hole between them; summed in pieces, and with the row."""
+    monkeypatch.setattr(adam, "SPLIT", split)
+    far = 2**31 + 4
+    memory = torch.from_file(str(tmp_path / "vectors"), shared=True, size=far + 20, dtype=torch.float32)
+    vectors = memory.as_strided((2, 20), (far, 1))
+    vectors.copy_(torch.randn(2, 20))
+    indices = torch.tensor([[0, 0], [3, 3]], dtype=torch.int32)
+    rows = adam.SortedFactors([OuterProducts(torch.ones(2, 2), indices, vectors)], N).dense()
+    assert torch.equal(rows[[0, 3]], 2 * vectors)
 
 
 def test_nothing_waits_for_the_device(no_waiting):
@@ -320,23 +346,19 @@ def test_slices_change_no_bit(monkeypatch, unit_rows):
         mine, kept = weight.clone(), kept_copy(weight, torch.float16)
         state = fresh_state(mine)
         step(parts, mine, unit_rows, state, kept=kept)
-        results.append([mine, *state.values(), *kept.cast])
+        results.append([mine, *state.values(), *kept.cast[:4]])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # The copy of the weight
 
 
-LIMITS = {torch.float16: 1.0, torch.bfloat16: None, torch.float8_e4m3fn: 448.0}
-
-
 def rounded(weight, dtype):
-    """Rows, scales, norms and errors, as the copy is to have them."""
-    limit = LIMITS[dtype]
-    scale = None if limit is None else (weight.abs().amax(1) / limit).clamp_min(1e-30)
+    """What the copy is to be."""
+    scale = (weight.abs().amax(1) / LIMITS[dtype]).clamp_min(1e-30) if dtype in LIMITS else None
     factor = 1.0 if scale is None else scale[:, None]
     rows = (weight / factor).to(dtype)
-    return rows, scale, weight.norm(dim=1), (weight - rows.float() * factor).norm(dim=1)
+    return Cast(rows, scale, weight.norm(dim=1), (weight - rows.float() * factor).norm(dim=1))
 
 
 def kept_copy(weight, dtype):
@@ -344,7 +366,7 @@ def kept_copy(weight, dtype):
     return SimpleNamespace(cast=rounded(weight, dtype), mark_current=seen.append, seen=seen)
 
 
-@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("d", [17, 20, 600])
 def test_the_copy_follows_the_weight(d, unit_rows, dtype, request):
@@ -356,11 +378,25 @@ def test_the_copy_follows_the_weight(d, unit_rows, dtype, request):
     step(random_parts(d, ["fixed"]), weight, unit_rows, fresh_state(weight), kept=kept)
     assert not torch.equal(weight, before)
     assert kept.seen == [weight]
-    rows, scale, norm, error = rounded(weight, dtype)
-    assert torch.equal(kept.cast[0].float(), rows.float())
-    assert scale is None or torch.equal(kept.cast[1], scale)
-    torch.testing.assert_close(kept.cast[2], norm, rtol=1e-6, atol=0)
-    torch.testing.assert_close(kept.cast[3], error, rtol=1e-5, atol=1e-7)
+    check_copy(kept.cast, rounded(weight, dtype))
+
+
+def check_copy(mine, expected):
+    assert torch.equal(mine.rows.float(), expected.rows.float())
+    assert expected.scale is None or torch.equal(mine.scale, expected.scale)
+    torch.testing.assert_close(mine.norm, expected.norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine.error, expected.error, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trainer_keeps_the_copy_that_the_encoder_reads(monkeypatch):
+    monkeypatch.setattr(cuda, "screens", lambda n, d: True)
+    sae = sk.SAE(20, 300, sk.TopK(4), generator=torch.Generator().manual_seed(1))
+    trainer = sk.Trainer(sae, lr=1e-2)
+    for x in torch.randn(3, 16, 20):
+        trainer.step(x)
+    kept = trainer.optimizer._copies[sae.W_enc]
+    assert kept.is_current(sae.W_enc)
+    check_copy(kept.cast, rounded(sae.W_enc.detach(), kept.cast.rows.dtype))
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])
@@ -376,4 +412,4 @@ def test_a_step_that_is_not_finite_changes_no_byte(d, unit_rows, request):
     assert step(broken, weight, unit_rows, state, 0.5, kept, ~FINITE)[0] == 0
     assert torch.equal(weight, before[0])
     assert all(torch.equal(state[name], before[1][name]) for name in state)
-    assert all(torch.equal(a, b) for a, b in zip(kept.cast, before[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept.cast[:4], before[2][:4], strict=True))

@@ -2,8 +2,7 @@
 #include "cuda/row_adam.h"
 
 #include "cuda/by_latent.h"
-
-#include "../native_test.h"
+#include "cuda_test.h"
 
 using namespace sparsekern::cuda;
 using namespace sparsekern::test;
@@ -12,8 +11,8 @@ namespace {
 
 constexpr std::int32_t kSplit = 4;
 
-// Entries of which most are of the first latent, one in six is zero, and the vector of a zero may hold anything; the last
-// latents have none. `uneven`: they belong to rows by chance, as in CSR form.
+// Entries of which most are of the first latent and one in six is zero; the last latents have none. `uneven`: they belong
+// to rows by chance, as in CSR form.
 struct Part {
     Buffer<std::int32_t> index, start, order, piece_start, piece_latent, row;
     Buffer<float> values, pieces;
@@ -21,7 +20,8 @@ struct Part {
     std::int32_t k;
     bool uneven;
 
-    Part(std::int64_t rows, std::int32_t k, std::int64_t n, std::int32_t d, std::int32_t gap, Random& random, bool uneven)
+    Part(std::int64_t rows, std::int32_t k, std::int64_t n, std::int32_t d, std::int32_t gap, Random& random,
+         bool uneven)
         : index(rows * k),
           start(n + 1),
           order(rows * k),
@@ -44,12 +44,20 @@ struct Part {
             if (random.below(6) == 0) values[e] = 0;
         Buffer<std::uint8_t> workspace(sort_workspace(index.size(), n));
         sort_by_latent(index.data(), index.size(), n, kSplit,
-                       {start.data(), order.data(), piece_start.data(), piece_latent.data()}, workspace.data(), nullptr);
+                       {start.data(), order.data(), piece_start.data(), piece_latent.data()}, workspace.data(),
+                       nullptr);
     }
 
     OuterProducts view() {
-        return {values.data(), vectors.data(),     vectors.stride,     start.data(), order.data(), uneven ? row.data() : nullptr,
-                piece_start.data(), pieces.data(), uneven ? 0 : k};
+        return {values.data(),
+                vectors.data(),
+                vectors.stride,
+                start.data(),
+                order.data(),
+                uneven ? row.data() : nullptr,
+                piece_start.data(),
+                pieces.data(),
+                uneven ? 0 : k};
     }
 
     OuterProducts with_pieces(std::int64_t n, std::int32_t d, std::int32_t slice) {
@@ -88,7 +96,8 @@ template <class T>
 void check_case(const Case& c, ElementType type, float limit) {
     const std::int64_t n = 7;
     const std::int32_t d = c.d;
-    const std::string where = "d " + std::to_string(d) + ", slice " + std::to_string(c.slice) + (c.unit_rows ? ", unit" : "");
+    const std::string where =
+        "d " + std::to_string(d) + ", slice " + std::to_string(c.slice) + (c.unit_rows ? ", unit rows" : "");
     Random random(11);
     Part one(9, 3, n, d, c.gap, random, c.uneven), other(2, 1, n, d, c.gap, random, false);
     Buffer<float> weight(n * d), mean(n * d), square(n * d);
@@ -144,12 +153,13 @@ void check_case(const Case& c, ElementType type, float limit) {
     std::uint8_t needed = 0;
     RowGradient gradient{{one.with_pieces(n, d, c.slice), other.with_pieces(n, d, c.slice)}, 2, kSplit, n, d, c.slice,
                          w.data(), c.unit_rows, &needed, squares.data()};
-    const RoundedRows copy{type, copy_rows.data(), limit, limit > 0 ? scale.data() : nullptr, norm.data(), error.data()};
+    const RoundedRows copy{type,        copy_rows.data(), limit, limit > 0 ? scale.data() : nullptr,
+                           norm.data(), error.data()};
     const AdamStep step{w.data(), m.data(), v.data(), hyper, 1 - beta1, 1 - beta2, eps, copy};
 
     row_adam(gradient, step, workspace, nullptr);
-    CHECK(same_bits(w, weight) && same_bits(m, mean) && same_bits(v, square), where << ": an update that was not needed");
-    CHECK(std::isnan(norm[0]), where << ": a copy that was not needed");
+    CHECK(same_bits(w, weight) && same_bits(m, mean) && same_bits(v, square), where << ": an update not needed");
+    CHECK(std::isnan(norm[0]), where << ": a copy not needed");
     needed = 1;
     gradient.squares = alone.data();
     gradient_squares(gradient, workspace, nullptr);
@@ -159,11 +169,13 @@ void check_case(const Case& c, ElementType type, float limit) {
     for (std::int64_t i = 0; i < n; ++i) {
         double sum = 0;
         for (std::int64_t slice = 0; slice < slices; ++slice) sum += squares[slice * n + i];
-        CHECK(std::fabs(sum - norms[i]) <= 1e-4 * (1 + norms[i]), where << ", row " << i << ": " << sum << ", not " << norms[i]);
+        CHECK(std::fabs(sum - norms[i]) <= 1e-4 * (1 + norms[i]),
+              where << ", row " << i << ": squares " << sum << ", not " << norms[i]);
         check_rounded<T>(w, i, d, copy_rows.data(), limit, scale[i], norm[i], error[i], where);
     }
     for (std::int64_t at = 0; at < n * d; ++at)
-        CHECK(std::fabs(w[at] - expected[at]) <= 2e-5, where << ", element " << at << ": " << w[at] << ", not " << expected[at]);
+        CHECK(std::fabs(w[at] - expected[at]) <= 2e-5,
+              where << ", element " << at << ": " << w[at] << ", not " << expected[at]);
 
     Buffer<float> again(n * d);
     std::copy(w.data(), w.data() + n * d, again.data());
@@ -175,7 +187,8 @@ void check_case(const Case& c, ElementType type, float limit) {
     }
     gradient_rows(gradient, rows.data(), nullptr);
     for (std::int64_t at = 0; at < n * d; ++at)
-        CHECK(std::fabs(rows[at] - gradients[at]) <= 1e-5, where << ", element " << at << " of the gradient: " << rows[at]);
+        CHECK(std::fabs(rows[at] - gradients[at]) <= 1e-5,
+              where << ", element " << at << " of the gradient: " << rows[at] << ", not " << gradients[at]);
 
     std::vector<float> lengths[2];
     for (int p = 0; p < 2; ++p) {
@@ -205,7 +218,7 @@ NATIVE_TEST(row_adam_of_one_warp) {
 }
 
 NATIVE_TEST(row_adam_of_several_warps) {
-    check_case<f16>({600, true, 600, false, 4}, ElementType::float16, 1);
+    in_several_orders([] { check_case<f16>({600, true, 600, false, 4}, ElementType::float16, 1); }, 2);
     check_case<e4m3>({1101, true, 1101, true, 1}, ElementType::float8_e4m3, 448);
     if (kThreadSanitizer) return;
     check_case<f16>({4100, false, 600, false, 0}, ElementType::float16, 1);
