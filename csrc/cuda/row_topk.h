@@ -22,8 +22,9 @@
 namespace sparsekern::cuda {
 
 constexpr int kRowTopkMostK = 1024;
-constexpr int kRowTopkRoom = 5120;        // candidates of a row in shared memory
+constexpr int kRowTopkRoom = 4864;        // candidates of a row in shared memory
 constexpr int kRowTopkMostSample = 4096;  // keys
+constexpr int kRowTopkCellKeys = 4;       // of the sample, from 16 bytes of the row
 constexpr std::int64_t kRowTopkMostKeys = std::int64_t{1} << 30;
 
 // How a call is carried out. Any plan that row_topk accepts gives the same answer.
@@ -115,8 +116,8 @@ __host__ __device__ __forceinline__ Bound bound_at(std::uint64_t order) {
     return {order, index_of(order), key_below(code), key_below(code + 1)};
 }
 
-// The sample. The row's `packs` (16 bytes of keys each) are divided into `cells` = 2^bits parts; of each cell one pack
-// is taken, at a place that looks random, so that no period in the row meets a period of the sample.
+// The sample. The row's `packs` (16 bytes of keys each) are divided into `cells` = 2^bits parts. In each cell some keys of
+// one pack are taken, at a place that looks random, so that no period in the row meets a period of the sample.
 __host__ __device__ __forceinline__ int sampled_pack(int cell, int bits, int packs) {
     const auto begin = static_cast<std::uint32_t>(static_cast<std::uint64_t>(packs) * cell >> bits);
     const auto end = static_cast<std::uint32_t>(static_cast<std::uint64_t>(packs) * (cell + 1) >> bits);
@@ -156,6 +157,12 @@ inline double too_many_probability(std::int64_t n, std::int64_t room, int sample
     if (room >= n) return 0;
     const double share = static_cast<double>(room) / static_cast<double>(n);
     return rank < share * sample ? tail_bound(sample, share, rank) : 1;
+}
+
+// Where the largest keys lie side by side, as in a sorted row and among equal keys, the cells and not chance say how
+// many reach the bound: about so many keys, and at most one cell's more or less.
+inline std::int64_t reached_side_by_side(std::int64_t n, int sample, int rank) {
+    return ceil_div(rank, kRowTopkCellKeys) * (n * kRowTopkCellKeys / sample);
 }
 
 }  // namespace sparsekern::cuda
