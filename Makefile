@@ -22,7 +22,7 @@ SITE := --system-site-packages
 TORCH :=
 endif
 
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .PHONY: train studies test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
 

@@ -77,8 +77,8 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
         state.update(source.read_bytes())
         if not (made.exists() and key.exists() and key.read_text() == state.hexdigest()):
             key.unlink(missing_ok=True)
-            # The bindings have no kernels, and much that is read anew for each architecture.
-            wanted = targets[-1:] if source.stem == "bindings" else targets
+            # The bindings have no kernels and no loops, and much that is read anew for each architecture.
+            wanted = [targets[-1], "-O1"] if source.stem == "bindings" else targets
             command = [nvcc, *flags, *wanted, "-c", str(source), "-o", str(made)]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

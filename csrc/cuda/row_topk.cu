@@ -23,9 +23,9 @@ struct Params {
     int n, k;
     int cell_bits, rank;  // rank 0: no sample
     int parts;
-    unsigned list_room;        // 0: no lists
-    std::uint64_t* lists;      // [rows, list_room], of candidates
-    unsigned* counters;        // [rows, 2]: candidates in the list, and parts that are done
+    unsigned list_room;    // 0: no lists
+    std::uint64_t* lists;  // [rows, list_room], of candidates
+    unsigned* counters;    // [rows, 2]: candidates in the list, and parts that are done
     void* values;
     std::int32_t* indices;
     std::int32_t* passes;
@@ -39,14 +39,15 @@ struct Shared {
     };
     std::uint64_t least[kWarps], most[kWarps];
     unsigned sums[kWarps];
+    Bound bound;
     unsigned count, chosen_count;
     unsigned last_part;
     struct {
         unsigned bin, above, inside;
     } found;
 };
-// So that the resident blocks of a Hopper multiprocessor, with 1 KiB more each, leave 60 of its 256 KiB to L1, where the
-// loads in flight are kept.
+// So that the resident blocks of a Hopper multiprocessor, with 1 KiB more each, leave 60 of its 256 KiB to L1, where
+// the loads in flight are kept.
 static_assert(kResidentBlocks * (sizeof(Shared) + 1024) <= 196 * 1024);
 
 // Word i of registers, which have no addresses: a tree of choices.
@@ -107,11 +108,12 @@ struct Row {
     __device__ std::uint64_t candidate_of_bit(const InFlight& packs, int pack, int bit) const {
         const std::uint32_t word = word_of(packs, bit * static_cast<int>(sizeof(T)) / 4);
         const std::uint32_t key = sizeof(T) == 4 ? word : word >> bit % 2 * 16 & 0xffffu;
-        return std::uint64_t{key} << 32 | static_cast<std::uint32_t>(first(pack + bit / kKeys * kThreads) + bit % kKeys);
+        const int index = first(pack + bit / kKeys * kThreads) + bit % kKeys;
+        return std::uint64_t{key} << 32 | static_cast<std::uint32_t>(index);
     }
     // A bit for each key of a pack: those that reach the bound, and in the pack where it is also those that equal it.
     __device__ unsigned hits(const Pack16& keys, int pack, const Bound& bound) const {
-        const float below = static_cast<std::uint32_t>(first(pack)) <= bound.last ? bound.below : bound.below_later;
+        const float below = bound.below(first(pack));
         unsigned hits = 0;
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) hits |= static_cast<unsigned>(!(to_float(key(keys, j)) <= below)) << j;
@@ -120,8 +122,8 @@ struct Row {
     // No float is below NaN and above everything else, to keep later NaN from passing: the stream ends before them.
     __device__ int end(const Bound& bound, int end) const {
         if (bound.order >> 32 != kNanCode) return end;
-        const auto last = static_cast<int>(bound.last);
-        return last < head ? 0 : min_of(end, (last - head) / kKeys + 1);
+        const auto start = static_cast<std::uint32_t>(head);
+        return bound.last < start ? 0 : min_of(end, static_cast<int>((bound.last - start) / kKeys) + 1);
     }
 };
 
@@ -243,8 +245,8 @@ struct Found {
     int passes;
 };
 
-// A bound that at least `wanted` and at most `most` orders reach: in each pass a histogram of the interval, of which
-// the bin where the wanted-th largest order lies is the next. `visit` calls its argument with all orders, all of them in
+// A bound that at least `wanted` and at most `most` orders reach: each pass makes a histogram of the interval, and goes
+// on in the bin where the wanted-th largest order lies. `visit` calls its argument with all orders, all of them in
 // `interval`. Ends because orders differ.
 template <class Visit>
 __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigned wanted, unsigned most, Visit visit) {
@@ -308,6 +310,18 @@ __device__ std::uint64_t sampled_bound(Shared& s, const Row<T>& row, int cell_bi
     return bound_for(s, interval_of(s, least, most), rank, rank, each).bound;
 }
 
+// Candidates in shared memory start anew, at another bound. Every thread gets it from there, so that the compiler keeps
+// it in registers, instead of making it again for each tile.
+__device__ Bound begin(Shared& s, std::uint64_t order) {
+    __syncthreads();  // all have seen the last count
+    if (threadIdx.x == 0) {
+        s.count = 0;
+        s.bound = bound_at(order);
+    }
+    __syncthreads();
+    return s.bound;
+}
+
 // Puts from k to kRowTopkRoom candidates of the source into shared memory, the k largest among them, whatever it holds.
 // Returns how often the source was read.
 template <class Source>
@@ -327,10 +341,7 @@ __device__ int gather(Shared& s, const Source& source, unsigned k) {
         // Row::hits lets through a few that equal the bound.
         found = bound_for(s, {0, 64}, k, kRowTopkRoom - Source::kKeys, each);
     }
-    __syncthreads();  // all have seen the count that was of no use
-    if (threadIdx.x == 0) s.count = 0;
-    __syncthreads();
-    const Bound bound = bound_at(found.bound);
+    const Bound bound = begin(s, found.bound);
     const Sink kept{s.candidates, &s.count, kRowTopkRoom};
     stream(source, 0, source.packs, bound, kept);
     stream_loose(source, bound, kept);
@@ -417,9 +428,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) row_topk_kernel(con
     const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.parts));
     const Row<T> row(static_cast<const T*>(p.keys) + row_number * p.stride, p.n);
     const auto k = static_cast<unsigned>(p.k);
-    if (threadIdx.x == 0) s.count = 0;
-    const Bound bound = bound_at(p.rank ? sampled_bound(s, row, p.cell_bits, p.rank) : 0);
-    __syncthreads();
+    const Bound bound = begin(s, p.rank ? sampled_bound(s, row, p.cell_bits, p.rank) : 0);
 
     int passes = 1;
     bool gathered;
@@ -511,9 +520,9 @@ RowTopkPlan row_topk_plan(std::int64_t rows, std::int64_t n, int k, int key_byte
     constexpr double kSampleCost = 2048;
     constexpr double kMostFailure = 0x1p-21;  // of each of the two ways to fail
     constexpr std::int64_t kListBytes = 64 << 20;
-    constexpr std::int64_t kLeastTiles = 4;  // of a part
+    constexpr std::int64_t kLeastTiles = 4;                    // of a part
     constexpr std::int64_t kMostRows = std::int64_t{1} << 30;  // of a grid
-    constexpr int kOfBoundsPack = 8;  // Row::hits lets through some keys that equal the bound
+    constexpr int kOfBoundsPack = 8;                           // Row::hits lets through some keys that equal the bound
 
     RowTopkPlan plan{0, 0, 1, 0, std::min(std::max<std::int64_t>(rows, 1), kMostRows), static_cast<double>(n), 0};
     const std::int64_t blocks = std::int64_t{kResidentBlocks} * multiprocessors;
@@ -529,19 +538,21 @@ RowTopkPlan row_topk_plan(std::int64_t rows, std::int64_t n, int k, int key_byte
         for (int sample = 256; sample <= kRowTopkMostSample && sample <= n / 2; sample *= 2) {
             const std::int64_t cell = n * kRowTopkCellKeys / sample;
             // A bound two cells away from the end leaves room for a few of the sample elsewhere.
-            int rank = 1 + std::max(2 * kRowTopkCellKeys, static_cast<int>((k - 1.0) / static_cast<double>(n) * sample));
+            const auto mean = static_cast<int>((k - 1.0) / static_cast<double>(n) * sample);
+            int rank = 1 + std::max(2 * kRowTopkCellKeys, mean);
             while (rank <= sample && (too_few_probability(n, k, sample, rank) > kMostFailure ||
                                       reached_side_by_side(n, sample, rank) - 2 * cell < k))
                 ++rank;
-            const double expected = static_cast<double>(n) * (rank + 0.5) / sample;
-            const double cost = kSampleCost + sample + expected;
+            if (rank > sample) continue;
             std::int64_t room = kRowTopkRoom;
             const auto too_many = [&] { return too_many_probability(n, room - kOfBoundsPack, sample, rank); };
             const auto fits = [&] {
                 return too_many() <= kMostFailure && reached_side_by_side(n, sample, rank) + cell <= room;
             };
             while (listed && !fits()) room *= 2;
-            if (rank > sample || cost >= least || !fits()) continue;
+            const double expected = static_cast<double>(n) * (rank + 0.5) / sample;
+            const double cost = kSampleCost + sample + expected;
+            if (cost >= least || !fits()) continue;
             least = cost;
             plan.sample = sample;
             plan.rank = rank;
