@@ -62,7 +62,7 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
     Raises ``subprocess.CalledProcessError``, with the compiler's words printed, where one does not compile.
     """
     include = [HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
+    flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
     flags += ["-DSPARSEKERN_CUDA_ARCHS=" + r"\,".join(archs), *(f"-I{path}" for path in include)]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
@@ -78,7 +78,7 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
         if not (made.exists() and key.exists() and key.read_text() == state.hexdigest()):
             key.unlink(missing_ok=True)
             # The bindings have no kernels and no loops, and much that is read anew for each architecture.
-            wanted = [targets[-1], "-O1"] if source.stem == "bindings" else targets
+            wanted = [targets[-1], "-O1"] if source.stem == "bindings" else [*targets, "-O3"]
             command = [nvcc, *flags, *wanted, "-c", str(source), "-o", str(made)]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
