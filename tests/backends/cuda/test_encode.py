@@ -113,9 +113,10 @@ def test_odd_shapes(rows, d, n, k):
 @given(
     rows=st.integers(1, 5),
     n=st.integers(1, 200),
-    d=st.integers(1, 40),
+    d=st.sampled_from([*range(1, 41), 8, 16, 24]),
     k=st.integers(1, 8),
     keep=st.sampled_from([1, 2, 3]),
+    screen=st.sampled_from(["auto", "fp16"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     has_bias=st.booleans(),
     absolute=st.booleans(),
@@ -124,7 +125,7 @@ def test_odd_shapes(rows, d, n, k):
     seed=st.integers(0, 2**31),
 )
 def test_whole_numbers_equal_to_the_reference(
-    rows, n, d, k, keep, dtype, has_bias, absolute, negative, latent_by_latent, seed
+    rows, n, d, k, keep, screen, dtype, has_bias, absolute, negative, latent_by_latent, seed
 ):
     """Scores are exact, and latents tie everywhere, of either sign."""
     torch.manual_seed(seed)
@@ -137,7 +138,7 @@ def test_whole_numbers_equal_to_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         few_buckets(patch, n_buckets=n if keep == 1 else -(-n // 3), keep=keep)
         patch.setattr(encode, "by_latent", lambda *_: latent_by_latent)
-        found = cuda.topk_encode(x, weight, bias, k, "auto", absolute=absolute)
+        found = cuda.topk_encode(x, weight, bias, k, screen, absolute=absolute)
     assert_equal(found, reference.topk_encode(x, weight, bias, k, "none", absolute))
 
 
@@ -173,6 +174,14 @@ def test_crowded_buckets_are_opened(monkeypatch, path, absolute):
     stats = cuda.last_encode()
     assert int(stats.repaired) == 0
     assert int(stats.rescored) >= 15 + len(weight[5::buckets]) - 5
+
+
+def test_zeros_of_either_sign_tie():
+    x, weight = torch.zeros(2, 1), torch.tensor([[-1.0], [1.0], [-2.0], [3.0]])
+    x[1] = 1
+    found = cuda.topk_encode(x, weight, None, 2, "none")
+    assert_equal(found, reference.topk_encode(x, weight, None, 2, "none"))
+    assert found[1][0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("parts", [1, 5])
@@ -315,11 +324,13 @@ def test_latents_switched_off_by_their_bias_come_last(path):
 def test_nothing_waits_for_the_device(monkeypatch, no_waiting):
     few_buckets(monkeypatch)
     x, weight, bias = CASES["random"](3, 256, 24)
+    tensors, routed = problem(5, 16, 3, 2, 128)
     with no_waiting():
         for latent_by_latent in (False, True):
             monkeypatch.setattr(encode, "by_latent", lambda *_, on=latent_by_latent: on)
             cuda.topk_encode(x, weight, bias, 3, "fp16", path="fused")
             cuda.topk_encode(x, weight, bias, 3, "auto", path="chunked")
+        cuda.routed_topk_encode(*tensors, *routed, 3, False, "auto")
 
 
 def test_what_it_does_not_screen_goes_to_the_reference(monkeypatch):
