@@ -22,7 +22,7 @@ SITE := --system-site-packages
 TORCH :=
 endif
 
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .PHONY: train studies test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
 
@@ -60,7 +60,7 @@ CUDA_SOURCES := $(filter-out csrc/cuda/bindings.cu,$(wildcard csrc/cuda/* tests/
 # -O1 keeps the stack traces readable. GCC 12 takes the undefined vectors of its own AVX-512 header for uninitialized.
 NATIVE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fopenmp-simd -ffp-contract=fast -Wall -Wextra \
     -Wno-uninitialized -Wno-maybe-uninitialized -D_GLIBCXX_ASSERTIONS -Icsrc
-CUDA_FLAGS := -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas -x c++
+CUDA_FLAGS := -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas -Wno-psabi -x c++
 NATIVE_LIBS := -pthread $(if $(filter Linux,$(shell uname -s)),-ldl)
 SANITIZERS_address := address,undefined
 SANITIZERS_thread := thread

@@ -35,8 +35,20 @@ SHOWN = {
 
 _SPILLS = r"(?:LDL|STL)[. ]"
 
-WRITTEN_FOR: dict[tuple[str, str], tuple[str, ...]] = {}
-"""What the kernels of a source are to have on an architecture, in one variant at least."""
+_WIDE = ("load 128",)
+WRITTEN_FOR: dict[tuple[str, str], tuple[str, ...]] = {
+    ("by_latent", "80"): (),
+    ("by_latent", "90a"): (),
+    ("candidates", "80"): _WIDE,
+    ("candidates", "90a"): _WIDE,
+    ("row_adam", "80"): ("load 128", "store 128"),
+    ("row_adam", "90a"): ("load 128", "store 128"),
+    ("row_topk", "80"): _WIDE,
+    ("row_topk", "90a"): _WIDE,
+    ("screen", "80"): _WIDE,
+    ("screen", "90a"): ("HGMMA", "QGMMA", "TMA"),
+}
+"""What the kernels of a source are to have on an architecture, in one variant at least. Every source is here."""
 
 
 class Kernel(NamedTuple):
@@ -48,8 +60,8 @@ class Kernel(NamedTuple):
         Name of its file, and its own, without template arguments.
     arch : str
         Such as ``"90a"``.
-    registers, stack, shared : int
-        Registers and bytes of stack a thread; bytes of shared memory a block has besides what the launch asks for.
+    registers, stack : int
+        Registers and bytes of stack a thread. Shared memory is what the launch asks for.
     spills : int
         Instructions that read or write the stack.
     instructions : dict[str, int]
@@ -61,7 +73,6 @@ class Kernel(NamedTuple):
     arch: str
     registers: int
     stack: int
-    shared: int
     spills: int
     instructions: dict[str, int]
 
@@ -109,17 +120,15 @@ def read(source: str, file: Path) -> Iterator[Kernel]:
 
     used = {
         (arch, name): [int(number) for number in numbers]
-        for arch, name, *numbers in _by_arch(
-            output("-res-usage"), r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-        )
+        for arch, name, *numbers in _by_arch(output("-res-usage"), r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
     }
     code: dict[tuple[str, str], str] = {}
     for arch, name, text in _by_arch(output("-sass"), r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)"):
         code[arch, name] = text
-    for (arch, name), (registers, stack, shared) in used.items():
+    for (arch, name), (registers, stack) in used.items():
         text = code[arch, name]
         found = {label: len(re.findall(pattern, text)) for label, pattern in SHOWN.items()}
-        yield Kernel(source, _plain(name), arch, registers, stack, shared, len(re.findall(_SPILLS, text)), found)
+        yield Kernel(source, _plain(name), arch, registers, stack, len(re.findall(_SPILLS, text)), found)
 
 
 def _by_arch(text: str, pattern: str) -> Iterator[tuple[str, ...]]:
@@ -159,19 +168,19 @@ def problems(kernels: Sequence[Kernel]) -> list[str]:
 def table(kernels: Sequence[Kernel]) -> str:
     """Markdown: for each kernel and architecture the largest numbers over its variants."""
     lines = [
-        "| kernel | sm | variants | registers | stack, B | shared memory, B | instructions |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | sm | variants | registers | stack, B | instructions |",
+        "|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[Kernel]] = {}
     for one in kernels:
         groups.setdefault((one.source, one.name, one.arch), []).append(one)
     for (source, name, arch), ones in sorted(groups.items()):
-        most = {what: max(getattr(one, what) for one in ones) for what in ("registers", "stack", "shared")}
+        most = {what: max(getattr(one, what) for one in ones) for what in ("registers", "stack")}
         seen: Counter[str] = Counter()
         for one in ones:
             seen |= Counter(one.instructions)
         shown = ", ".join(f"{label} × {seen[label]}" for label in SHOWN if seen[label])
-        numbers = f"{most['registers']} | {most['stack']} | {most['shared']:,}"
+        numbers = f"{most['registers']} | {most['stack']}"
         lines.append(f"| `{source}.cu` `{name}` | {arch} | {len(ones)} | {numbers} | {shown} |")
     return "\n".join(lines)
 

@@ -355,7 +355,7 @@ __device__ __forceinline__ void load_numbers(float (&to)[Count], const void* fro
 
 // A thread has `Wide` neighbouring buckets of one row, so that it reads 16 bytes at a time where it can.
 template <class T, int Keep, int Wide>
-__global__ void __launch_bounds__(128, 8) bucket_kernel(const __grid_constant__ PanelParams p) {
+__global__ void __launch_bounds__(128, 6) bucket_kernel(const __grid_constant__ PanelParams p) {
     const Panel& panel = p.panel;
     const int n_buckets = p.keys.n_buckets, groups = ceil_div(n_buckets, Wide);
     const std::int64_t place = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -473,6 +473,12 @@ __device__ __forceinline__ std::uint32_t kth_largest(const std::uint32_t* number
     return prefix;
 }
 
+// A key in order. The -0 of a product with zero is 0, with which it ties.
+__device__ __forceinline__ std::uint32_t key_number(float key, std::uint32_t low) {
+    const std::uint32_t bits = __float_as_uint(key);
+    return sortable((bits & ~low) == 0x80000000u ? __uint_as_float(bits & low) : key);
+}
+
 // -1 where a bucket has no such member; else the number among all latents, of which `before` are others'.
 __device__ __forceinline__ std::int32_t real_latent(int latent, int n, int before) {
     return latent < n ? before + latent : -1;
@@ -484,21 +490,21 @@ __global__ void __launch_bounds__(256) select_kernel(const __grid_constant__ Sel
     const int keep = p.keys.keep, n_members = p.keys.n_members, n_keys = p.keys.n_buckets * keep;
     const int across = p.keys.n_buckets / p.owners.count, room = p.out.room;
     const std::int64_t row = blockIdx.x;
+    const std::uint32_t low = (1u << p.keys.member_bits) - 1;
     const float* source = p.keys.keys + row * n_keys;
     if (n_keys % 4 == 0) {
         for (int i = 4 * threadIdx.x; i < n_keys; i += 4 * blockDim.x) {
             Pack16 pack = load16_streaming(source + i);
 #pragma unroll
-            for (std::uint32_t& word : pack.word) word = sortable(__uint_as_float(word));
+            for (std::uint32_t& word : pack.word) word = key_number(__uint_as_float(word), low);
             *reinterpret_cast<Pack16*>(numbers + i) = pack;
         }
     } else {
-        for (int i = threadIdx.x; i < n_keys; i += blockDim.x) numbers[i] = sortable(source[i]);
+        for (int i = threadIdx.x; i < n_keys; i += blockDim.x) numbers[i] = key_number(source[i], low);
     }
     const std::uint32_t kth = kth_largest(numbers, n_keys, p.k, p.keys.member_bits, shared);
     const float least = at_least(from_sortable(kth), kLowest);
     const float off = p.slack.relative * fabsf(least) + 2 * p.slack.slack[row / p.out.share];
-    const std::uint32_t low = (1u << p.keys.member_bits) - 1;
     const std::uint32_t threshold = sortable(at_least(least - off, kLowest)) & ~low;
 
     // A bucket whose last key is a candidate may hide more candidates: all its members become some.
@@ -722,16 +728,11 @@ __global__ void __launch_bounds__(256, 2) repair_kernel(const __grid_constant__ 
                     latent[c] = latent_at(begin + first + min_of(i + c, count - 1));
                 float score[kTogether];
                 multiply_rows<T, Aligned>(score, x, operands, latent);
-                // All lanes have all scores, each writes one.
-                float mine = score[0];
-                std::int32_t whose = latent[0];
+                if (lane > 0) continue;
 #pragma unroll
-                for (int c = 1; c < kTogether; ++c) {
-                    mine = lane == c ? score[c] : mine;
-                    whose = lane == c ? latent[c] : whose;
-                }
-                if (lane < kTogether && i + lane < count)
-                    to[i + lane] = packed(with_bias<T>(mine, operands.bias, whose), whose, operands.absolute);
+                for (int c = 0; c < kTogether; ++c)
+                    if (i + c < count)
+                        to[i + c] = packed(with_bias<T>(score[c], operands.bias, latent[c]), latent[c], operands.absolute);
             }
         });
         for (int i = threadIdx.x; i < p.k; i += blockDim.x) p.spare[std::int64_t(item) * p.k + i] = best[i];

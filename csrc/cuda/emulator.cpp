@@ -117,7 +117,15 @@ constexpr std::size_t kPage = 64 * 1024;  // a multiple of every system's
 constexpr std::size_t kStack = 4 * kPage;
 
 // Turns in which every thread only looked at flags that did not change, before that counts as a deadlock.
-constexpr int kPatience = 200'000;
+constexpr int kPatience = 20'000;
+
+// Clusters that follow each other are made up of different fibers where ThreadSanitizer looks: a barrier in one is not to
+// order what threads of another do.
+#if defined(__SANITIZE_THREAD__)
+constexpr std::size_t kTeams = 2;
+#else
+constexpr std::size_t kTeams = 1;
+#endif
 
 // A CUDA thread and its fiber. Fibers last, for the blocks and launches to come.
 struct Thread {
@@ -148,6 +156,7 @@ struct Action {
 struct Machine {
     std::mutex one_launch;
     std::vector<std::unique_ptr<Thread>> fibers;
+    std::size_t team = 0;
     std::vector<Thread*> threads;  // of the cluster that runs
     std::vector<Block> blocks;     // likewise
     std::vector<Action> actions;
@@ -219,7 +228,7 @@ void complete(Barrier& barrier, unsigned absent) {
     ++barrier.generation;
 }
 
-// A fiber's first function: a CUDA thread of one block after the other.
+// A fiber's one function: a CUDA thread of one block after the other.
 void live() {
     Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
@@ -292,10 +301,13 @@ void carry_out(std::size_t place) {
     acquire(&m.started);
     acquire(action.tag.get());
 #endif
-    try {
-        action.act();
-    } catch (...) {
-        error = std::current_exception();
+    {
+        Unseen unseen;
+        try {
+            action.act();
+        } catch (...) {
+            error = std::current_exception();
+        }
     }
 #if defined(__SANITIZE_THREAD__)
     release(&m.finished);
@@ -304,7 +316,7 @@ void carry_out(std::size_t place) {
     if (error) std::rethrow_exception(error);
 }
 
-// "threads 0-31, 64 of block 2 wait for ..." for all that have not ended.
+// A line for each run of threads that wait for the same.
 std::string waiting() {
     std::ostringstream text;
     const auto state = [](const Thread& thread) {
@@ -374,6 +386,7 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
     m.threads.clear();
     m.actions.clear();
     m.cluster_barrier = {};
+    m.team = (m.team + 1) % kTeams;
     for (std::size_t b = 0; b < blocks; ++b) {
         Block& block = m.blocks[b];
         void* shared = nullptr;
@@ -388,8 +401,8 @@ void run_cluster(std::int64_t first, const LaunchShape& shape) {
         const unsigned char poison[2] = {0xfb, 0xff};  // NaN in every 16-bit, 32-bit and 64-bit format, and half of e4m3
         for (std::size_t i = 0; i < shape.shared_bytes; ++i) block.shared[i] = poison[i % 2];
         for (std::size_t t = 0; t < threads; ++t) {
-            const std::size_t place = b * threads + t;
-            if (m.fibers.size() == place) m.fibers.push_back(std::make_unique<Thread>());
+            const std::size_t place = (m.team * blocks + b) * threads + t;
+            while (m.fibers.size() <= place) m.fibers.push_back(std::make_unique<Thread>());
             Thread& thread = *m.fibers[place];
             thread.block = &block;
             thread.index = static_cast<unsigned>(t);
@@ -439,11 +452,9 @@ void later(std::string what, std::function<void()> action) {
     Unseen unseen;
     Machine& m = machine();
     m.worked = true;
-    m.actions.push_back({1 + draw(6), std::move(what), std::move(action), std::make_unique<char>()});
+    m.actions.push_back({1 + static_cast<unsigned>(next_random() % 6), std::move(what), std::move(action), std::make_unique<char>()});
     release(m.actions.back().tag.get());
 }
-
-unsigned draw(unsigned n) { return static_cast<unsigned>(next_random() % n); }
 
 unsigned char* shared(std::size_t bytes) {
     Unseen unseen;
@@ -559,13 +570,13 @@ void atomic_begins(const void* address, std::size_t bytes) {
     Unseen unseen;
     if (reinterpret_cast<std::uintptr_t>(address) % bytes) fail("an atomic at no multiple of its size");
     yield();
-    if (machine().running->fenced) release(address);
 }
 
 void atomic_ends(const void* address, bool polls) {
     Unseen unseen;
     machine().worked |= !polls;
 #if defined(__SANITIZE_THREAD__)
+    if (machine().running->fenced) release(address);
     auto& atomics = machine().running->atomics;
     if (std::find(atomics.begin(), atomics.end(), address) == atomics.end()) atomics.push_back(address);
 #else
@@ -617,25 +628,43 @@ void run(const char* name, const LaunchShape& shape, const std::function<void()>
     acquire(&m.finished);
 }
 
-Unseen::Unseen() {
+namespace {
+
+void ignore() {
 #if defined(__SANITIZE_THREAD__)
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
 }
 
-Unseen::~Unseen() {
+void ignore_no_more() {
 #if defined(__SANITIZE_THREAD__)
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 #endif
 }
 
+}  // namespace
+
+Unseen::Unseen() { ignore(); }
+Unseen::~Unseen() { ignore_no_more(); }
+
 #if defined(__SANITIZE_THREAD__)
 void acquire(const void* tag) { __tsan_acquire(const_cast<void*>(tag)); }
 void release(const void* tag) { __tsan_release(const_cast<void*>(tag)); }
-void reads(const void* from, std::size_t bytes) { __tsan_read_range(const_cast<void*>(from), bytes); }
-void writes(void* to, std::size_t bytes) { __tsan_write_range(to, bytes); }
+
+// Within the one Unseen of carry_out().
+void reads(const void* from, std::size_t bytes) {
+    ignore_no_more();
+    __tsan_read_range(const_cast<void*>(from), bytes);
+    ignore();
+}
+
+void writes(void* to, std::size_t bytes) {
+    ignore_no_more();
+    __tsan_write_range(to, bytes);
+    ignore();
+}
 #else
 void acquire(const void*) {}
 void release(const void*) {}

@@ -42,7 +42,7 @@ namespace emulator {
 // Why a thread does not go on. It lies on the stack of the thread that waits.
 struct Wait {
     virtual bool over() const = 0;
-    virtual std::string text() const = 0;  // goes on from "threads 0-31 wait "
+    virtual std::string text() const = 0;  // goes on from "threads 0 to 31 wait "
 
 protected:
     ~Wait() = default;
@@ -84,8 +84,8 @@ std::vector<Block>& cluster();
 void wait_for(const Wait& wait);
 void yield();
 
-// Has `action` carried out by the scheduler a few turns later, drawn at random: what hardware does on its own. `what`
-// names it if the launch ends before.
+// Has `action` carried out by the scheduler a few turns later, drawn at random: what hardware does on its own. What it
+// reads and writes there it says by reads() and writes(). `what` names it if the launch ends before.
 void later(std::string what, std::function<void()> action);
 
 // Lanes of `mask` wait for each other; answers the value of each. `orders`: and their accesses to memory.
@@ -97,11 +97,8 @@ void cluster_barrier();
 
 unsigned char* shared(std::size_t bytes);
 
-// A number from 0 to n - 1, of the seed.
-unsigned draw(unsigned n);
-
-// What ThreadSanitizer is told: what happens before release(tag) happens before what follows acquire(tag); a range is
-// read or written. Nothing without it.
+// What ThreadSanitizer is told: what happens before release(tag) happens before what follows acquire(tag); an action
+// reads or writes a range. Nothing without it.
 void acquire(const void* tag);
 void release(const void* tag);
 void reads(const void* from, std::size_t bytes);

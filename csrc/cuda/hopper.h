@@ -102,6 +102,7 @@ int clusters_at_once(const char* name, void (*kernel)(Params), const LaunchShape
     config.numAttrs = 1;
     int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, function, &config), call("cudaOccupancyMaxActiveClusters"));
+    if (clusters == 0) throw CudaError(call("the device has no room for a cluster of ") + std::to_string(shape.cluster));
     return clusters;
 }
 

@@ -240,13 +240,11 @@ inline void copy_box(const TensorMap& map, const std::array<int, 5>& corner, Blo
         const std::size_t start = offset + 128 * row;
         if (bytes) reads(from + begin * map.element_bytes, bytes);
         writes(block.shared + start, sizeof line);
-        Unseen unseen;
         if (bytes)
             std::memcpy(line + (begin - corner[0]) * map.element_bytes, from + begin * map.element_bytes, bytes);
         for (std::size_t chunk = 0; chunk < sizeof line; chunk += 16)
             std::memcpy(block.shared + swizzled(start + chunk), line + chunk, 16);
     }
-    Unseen unseen;
     arrive(block, barrier, 0, 0, std::int64_t{128} * rows);
 }
 
@@ -364,7 +362,6 @@ inline int product_place(int t, int i) {
 inline void make(Product& product, Block& block) {
     each_chunk(product.a, kProductRows, [&](std::size_t at, int) { reads(block.shared + at, 16); });
     each_chunk(product.b, kProductCols, [&](std::size_t at, int) { reads(block.shared + at, 16); });
-    Unseen unseen;
     if (read_operands(block, product) != product.operands)
         fail("shared memory that a wgmma reads was written before the wait for it");
     if (product.before) product.sums = std::move(product.before->sums);

@@ -23,9 +23,9 @@ struct Params {
     int n, k;
     int cell_bits, rank;  // rank 0: no sample
     int parts;
-    unsigned list_room;        // 0: no lists
-    std::uint64_t* lists;      // [rows, list_room], of candidates
-    unsigned* counters;        // [rows, 2]: candidates in the list, and parts that are done
+    unsigned list_room;    // 0: no lists
+    std::uint64_t* lists;  // [rows, list_room], of candidates
+    unsigned* counters;    // [rows, 2]: candidates in the list, and parts that are done
     void* values;
     std::int32_t* indices;
     std::int32_t* passes;
@@ -33,16 +33,45 @@ struct Params {
 
 struct Shared {
     std::uint64_t candidates[kRowTopkRoom];  // and before them the orders of the sample
-    std::uint64_t chosen[kRowTopkMostK];
-    unsigned histogram[kBins];
+    union {
+        unsigned histogram[kBins];
+        std::uint64_t chosen[kRowTopkMostK];  // after the last histogram
+    };
     std::uint64_t least[kWarps], most[kWarps];
     unsigned sums[kWarps];
+    Bound bound;
     unsigned count, chosen_count;
     unsigned last_part;
     struct {
         unsigned bin, above, inside;
     } found;
 };
+// So that the resident blocks of a Hopper multiprocessor, with 1 KiB more each, leave 60 of its 256 KiB to L1, where
+// the loads in flight are kept.
+static_assert(kResidentBlocks * (sizeof(Shared) + 1024) <= 196 * 1024);
+
+// Word i of registers, which have no addresses: a tree of choices.
+template <int kWords>
+__device__ __forceinline__ std::uint32_t word_of(const std::uint32_t (&words)[kWords], int i) {
+    if constexpr (kWords == 1) {
+        return words[0];
+    } else {
+        std::uint32_t chosen[kWords / 2];
+#pragma unroll
+        for (int j = 0; j < kWords / 2; ++j) chosen[j] = i & kWords / 2 ? words[j + kWords / 2] : words[j];
+        return word_of(chosen, i);
+    }
+}
+
+// What a thread has in flight.
+using InFlight = Pack16[kPacksInFlight];
+
+__device__ __forceinline__ std::uint32_t word_of(const InFlight& packs, int i) {
+    std::uint32_t words[4 * kPacksInFlight];
+#pragma unroll
+    for (int j = 0; j < 4 * kPacksInFlight; ++j) words[j] = packs[j / 4].word[j % 4];
+    return word_of(words, i);
+}
 
 // Where candidates come from: a row, or the list of those that were found in it by several blocks. Both are whole packs
 // of 16 bytes, and *loose* keys before and after them.
@@ -75,9 +104,16 @@ struct Row {
     __device__ std::uint64_t candidate(const Pack16& keys, int pack, int j) const {
         return candidate_of(key(keys, j), first(pack) + j);
     }
+    // That of a bit of the hits of several packs, a tile's stride from `pack` on.
+    __device__ std::uint64_t candidate_of_bit(const InFlight& packs, int pack, int bit) const {
+        const std::uint32_t word = word_of(packs, bit * static_cast<int>(sizeof(T)) / 4);
+        const std::uint32_t key = sizeof(T) == 4 ? word : word >> bit % 2 * 16 & 0xffffu;
+        const int index = first(pack + bit / kKeys * kThreads) + bit % kKeys;
+        return std::uint64_t{key} << 32 | static_cast<std::uint32_t>(index);
+    }
     // A bit for each key of a pack: those that reach the bound, and in the pack where it is also those that equal it.
     __device__ unsigned hits(const Pack16& keys, int pack, const Bound& bound) const {
-        const float below = static_cast<std::uint32_t>(first(pack)) <= bound.last ? bound.below : bound.below_later;
+        const float below = bound.below(first(pack));
         unsigned hits = 0;
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) hits |= static_cast<unsigned>(!(to_float(key(keys, j)) <= below)) << j;
@@ -86,8 +122,8 @@ struct Row {
     // No float is below NaN and above everything else, to keep later NaN from passing: the stream ends before them.
     __device__ int end(const Bound& bound, int end) const {
         if (bound.order >> 32 != kNanCode) return end;
-        const auto last = static_cast<int>(bound.last);
-        return last < head ? 0 : min_of(end, (last - head) / kKeys + 1);
+        const auto start = static_cast<std::uint32_t>(head);
+        return bound.last < start ? 0 : min_of(end, static_cast<int>((bound.last - start) / kKeys) + 1);
     }
 };
 
@@ -107,6 +143,9 @@ struct List {
     __device__ std::uint64_t candidate(const Pack16& pair, int, int j) const {
         return std::uint64_t{pair.word[2 * j + 1]} << 32 | pair.word[2 * j];
     }
+    __device__ std::uint64_t candidate_of_bit(const InFlight& packs, int, int bit) const {
+        return std::uint64_t{word_of(packs, 2 * bit + 1)} << 32 | word_of(packs, 2 * bit);
+    }
     __device__ unsigned hits(const Pack16& pair, int, const Bound& bound) const {
         return unsigned{order_of<T>(candidate(pair, 0, 0)) >= bound.order} |
                unsigned{order_of<T>(candidate(pair, 0, 1)) >= bound.order} << 1;
@@ -121,25 +160,27 @@ struct Sink {
     unsigned room;
 };
 
-// Appends what the bits of `hits` stand for, in no certain order. For a whole warp.
-template <int kBits, class Candidate>
-__device__ __forceinline__ void append(const Sink& sink, unsigned hits, Candidate candidate) {
-    if (!__any_sync(kWarp, hits != 0)) return;
-    const unsigned lane = threadIdx.x % 32;
-    const unsigned mine = __popc(hits);
-    unsigned end = mine;
+// Of the values of the warp's lanes, this one included.
+__device__ __forceinline__ unsigned sum_up_to_lane(unsigned value) {
 #pragma unroll
     for (unsigned distance = 1; distance < 32; distance *= 2) {
-        const unsigned before = __shfl_up_sync(kWarp, end, distance);
-        if (lane >= distance) end += before;
+        const unsigned before = __shfl_up_sync(kWarp, value, distance);
+        if (threadIdx.x % 32 >= distance) value += before;
     }
+    return value;
+}
+
+// Appends what the bits of `hits` stand for, in no certain order. For a whole warp.
+template <class Candidate>
+__device__ __forceinline__ void append(const Sink& sink, unsigned hits, Candidate candidate) {
+    if (!__any_sync(kWarp, hits != 0)) return;
+    const unsigned mine = __popc(hits);
+    const unsigned end = sum_up_to_lane(mine);
     unsigned at = 0;
-    if (lane == 31) at = atomicAdd(sink.count, end);
+    if (threadIdx.x % 32 == 31) at = atomicAdd(sink.count, end);
     at = __shfl_sync(kWarp, at, 31) + end - mine;
     if (at + mine > sink.room) return;  // nobody will use the list
-#pragma unroll
-    for (int bit = 0; bit < kBits; ++bit)
-        if (hits >> bit & 1) sink.list[at++] = candidate(bit);
+    for (; hits; hits &= hits - 1) sink.list[at++] = candidate(__ffs(static_cast<int>(hits)) - 1);
 }
 
 // Appends the keys of packs [begin, end) that reach the bound.
@@ -149,7 +190,7 @@ __device__ __forceinline__ void stream(const Source& source, int begin, int end,
     end = source.end(bound, end);
     for (int tile = begin; tile < end; tile += kTile) {
         const int first = tile + static_cast<int>(threadIdx.x);
-        Pack16 packs[kPacksInFlight];
+        InFlight packs;
 #pragma unroll
         for (int i = 0; i < kPacksInFlight; ++i) packs[i] = source.load(min_of(first + i * kThreads, end - 1));
         unsigned hits = 0;
@@ -159,9 +200,7 @@ __device__ __forceinline__ void stream(const Source& source, int begin, int end,
             const unsigned of_pack = source.hits(packs[i], pack, bound);
             if (pack < end) hits |= of_pack << (i * kKeys);
         }
-        append<kPacksInFlight * kKeys>(sink, hits, [&](int bit) {
-            return source.candidate(packs[bit / kKeys], first + bit / kKeys * kThreads, bit % kKeys);
-        });
+        append(sink, hits, [&](int bit) { return source.candidate_of_bit(packs, first, bit); });
     }
 }
 
@@ -171,7 +210,7 @@ __device__ __forceinline__ void stream_loose(const Source& source, const Bound& 
     const int i = static_cast<int>(threadIdx.x);  // there are fewer of them than lanes
     const std::uint64_t candidate = i < source.loose() ? source.loose_candidate(i) : 0;
     const bool hit = i < source.loose() && order_of<typename Source::Key>(candidate) >= bound.order;
-    append<1>(sink, hit, [=](int) { return candidate; });
+    append(sink, hit, [=](int) { return candidate; });
 }
 
 // Selection. All of it is for a whole block.
@@ -206,12 +245,12 @@ struct Found {
     int passes;
 };
 
-// A bound that at least `wanted` and at most `most` orders reach: in each pass a histogram of the interval, of which
-// the bin where the wanted-th largest order lies is the next. `visit` calls its argument with all orders, and the same
-// ones each time; all are in `interval`. Ends because orders differ.
+// A bound that at least `wanted` and at most `most` orders reach: each pass makes a histogram of the interval, and goes
+// on in the bin where the wanted-th largest order lies. `visit` calls its argument with all orders, all of them in
+// `interval`. Ends because orders differ.
 template <class Visit>
 __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigned wanted, unsigned most, Visit visit) {
-    const unsigned thread = threadIdx.x, lane = thread % 32;
+    const unsigned thread = threadIdx.x;
     unsigned above = 0;  // orders beyond the interval
     for (int passes = 1;; ++passes) {
         const int shift = max_of(interval.width - kBinBits, 0);
@@ -229,13 +268,8 @@ __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigne
         unsigned own[kOwnBins], sum = 0;
 #pragma unroll
         for (int i = 0; i < kOwnBins; ++i) sum += own[i] = s.histogram[kBins - 1 - (thread * kOwnBins + i)];
-        unsigned end = sum;
-#pragma unroll
-        for (unsigned distance = 1; distance < 32; distance *= 2) {
-            const unsigned before = __shfl_up_sync(kWarp, end, distance);
-            if (lane >= distance) end += before;
-        }
-        if (lane == 31) s.sums[thread / 32] = end;
+        const unsigned end = sum_up_to_lane(sum);
+        if (thread % 32 == 31) s.sums[thread / 32] = end;
         __syncthreads();
         unsigned before = above + end - sum;
         for (unsigned warp = 0; warp < thread / 32; ++warp) before += s.sums[warp];
@@ -255,7 +289,6 @@ __device__ __forceinline__ Found bound_for(Shared& s, Interval interval, unsigne
 // The rank-th largest order of the sample, or a little below it: no other of the sample is between.
 template <class T>
 __device__ std::uint64_t sampled_bound(Shared& s, const Row<T>& row, int cell_bits, unsigned rank) {
-    constexpr int kKeys = Row<T>::kKeys;
     const int cells = 1 << cell_bits;
     std::uint64_t least = ~std::uint64_t{0}, most = 0;
 #pragma unroll 4
@@ -263,17 +296,30 @@ __device__ std::uint64_t sampled_bound(Shared& s, const Row<T>& row, int cell_bi
         const int pack = sampled_pack(cell, cell_bits, row.packs);
         const Pack16 keys = row.load(pack);
 #pragma unroll
-        for (int j = 0; j < kKeys; ++j) {
-            const std::uint64_t order = order_of<T>(row.candidate(keys, pack, j));
+        for (int j = 0; j < kRowTopkCellKeys; ++j) {
+            const std::uint64_t order = order_of<T>(row.candidate(keys, pack, j * (Row<T>::kKeys / kRowTopkCellKeys)));
             s.candidates[j * cells + cell] = order;
             least = min_of(least, order);
             most = max_of(most, order);
         }
     }
     const auto each = [&](auto&& visitor) {
-        for (int i = static_cast<int>(threadIdx.x); i < cells * kKeys; i += kThreads) visitor(s.candidates[i]);
+        for (int i = static_cast<int>(threadIdx.x); i < cells * kRowTopkCellKeys; i += kThreads)
+            visitor(s.candidates[i]);
     };
     return bound_for(s, interval_of(s, least, most), rank, rank, each).bound;
+}
+
+// Candidates in shared memory start anew, at another bound. Every thread gets it from there, so that the compiler keeps
+// it in registers, instead of making it again for each tile.
+__device__ Bound begin(Shared& s, std::uint64_t order) {
+    __syncthreads();  // all have seen the last count
+    if (threadIdx.x == 0) {
+        s.count = 0;
+        s.bound = bound_at(order);
+    }
+    __syncthreads();
+    return s.bound;
 }
 
 // Puts from k to kRowTopkRoom candidates of the source into shared memory, the k largest among them, whatever it holds.
@@ -295,9 +341,7 @@ __device__ int gather(Shared& s, const Source& source, unsigned k) {
         // Row::hits lets through a few that equal the bound.
         found = bound_for(s, {0, 64}, k, kRowTopkRoom - Source::kKeys, each);
     }
-    if (threadIdx.x == 0) s.count = 0;
-    __syncthreads();
-    const Bound bound = bound_at(found.bound);
+    const Bound bound = begin(s, found.bound);
     const Sink kept{s.candidates, &s.count, kRowTopkRoom};
     stream(source, 0, source.packs, bound, kept);
     stream_loose(source, bound, kept);
@@ -353,7 +397,7 @@ __device__ void take(Shared& s, int k, T* values, std::int32_t* indices) {
     for (unsigned warp = threadIdx.x / 32 * 32; warp < count; warp += kThreads) {
         const unsigned i = warp + threadIdx.x % 32;
         const std::uint64_t order = i < count ? s.candidates[i] : 0;
-        append<1>(chosen, i < count && order >= bound, [=](int) { return order; });
+        append(chosen, i < count && order >= bound, [=](int) { return order; });
     }
     int size = 1;
     while (size < k) size *= 2;
@@ -384,9 +428,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) row_topk_kernel(con
     const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.parts));
     const Row<T> row(static_cast<const T*>(p.keys) + row_number * p.stride, p.n);
     const auto k = static_cast<unsigned>(p.k);
-    if (threadIdx.x == 0) s.count = 0;
-    const Bound bound = bound_at(p.rank ? sampled_bound(s, row, p.cell_bits, p.rank) : 0);
-    __syncthreads();
+    const Bound bound = begin(s, p.rank ? sampled_bound(s, row, p.cell_bits, p.rank) : 0);
 
     int passes = 1;
     bool gathered;
@@ -424,7 +466,7 @@ int log2_of(int power) {
 
 template <class T>
 void launch_rows(const RowTopk& call, const RowTopkPlan& plan, Stream stream) {
-    const int cells = plan.sample / Row<T>::kKeys;
+    const int cells = plan.sample / kRowTopkCellKeys;
     // Row::packs is at least this, wherever the row begins.
     require(plan.sample == 0 || (cells >= 1 && cells <= (call.n - (Row<T>::kKeys - 1)) / Row<T>::kKeys),
             "row_topk: sample must be 0, or from 16 bytes of keys to what a row has");
@@ -478,9 +520,9 @@ RowTopkPlan row_topk_plan(std::int64_t rows, std::int64_t n, int k, int key_byte
     constexpr double kSampleCost = 2048;
     constexpr double kMostFailure = 0x1p-21;  // of each of the two ways to fail
     constexpr std::int64_t kListBytes = 64 << 20;
-    constexpr std::int64_t kLeastTiles = 4;  // of a part
+    constexpr std::int64_t kLeastTiles = 4;                    // of a part
     constexpr std::int64_t kMostRows = std::int64_t{1} << 30;  // of a grid
-    constexpr int kOfBoundsPack = 8;  // Row::hits lets through some keys that equal the bound
+    constexpr int kOfBoundsPack = 8;                           // Row::hits lets through some keys that equal the bound
 
     RowTopkPlan plan{0, 0, 1, 0, std::min(std::max<std::int64_t>(rows, 1), kMostRows), static_cast<double>(n), 0};
     const std::int64_t blocks = std::int64_t{kResidentBlocks} * multiprocessors;
@@ -494,14 +536,23 @@ RowTopkPlan row_topk_plan(std::int64_t rows, std::int64_t n, int k, int key_byte
     const auto choose = [&](bool listed) {
         double least = listed || n > kRowTopkRoom ? INFINITY : static_cast<double>(n);
         for (int sample = 256; sample <= kRowTopkMostSample && sample <= n / 2; sample *= 2) {
-            int rank = 1 + static_cast<int>((k - 1.0) / static_cast<double>(n) * sample);
-            while (rank <= sample && too_few_probability(n, k, sample, rank) > kMostFailure) ++rank;
-            const double expected = static_cast<double>(n) * (rank + 0.5) / sample;
-            const double cost = kSampleCost + sample + expected;
+            const std::int64_t cell = n * kRowTopkCellKeys / sample;
+            // A bound two cells away from the end leaves room for a few of the sample elsewhere.
+            const auto mean = static_cast<int>((k - 1.0) / static_cast<double>(n) * sample);
+            int rank = 1 + std::max(2 * kRowTopkCellKeys, mean);
+            while (rank <= sample && (too_few_probability(n, k, sample, rank) > kMostFailure ||
+                                      reached_side_by_side(n, sample, rank) - 2 * cell < k))
+                ++rank;
+            if (rank > sample) continue;
             std::int64_t room = kRowTopkRoom;
             const auto too_many = [&] { return too_many_probability(n, room - kOfBoundsPack, sample, rank); };
-            while (listed && too_many() > kMostFailure) room *= 2;
-            if (rank > sample || cost >= least || too_many() > kMostFailure) continue;
+            const auto fits = [&] {
+                return too_many() <= kMostFailure && reached_side_by_side(n, sample, rank) + cell <= room;
+            };
+            while (listed && !fits()) room *= 2;
+            const double expected = static_cast<double>(n) * (rank + 0.5) / sample;
+            const double cost = kSampleCost + sample + expected;
+            if (cost >= least || !fits()) continue;
             least = cost;
             plan.sample = sample;
             plan.rank = rank;

@@ -7,18 +7,18 @@
 // are then in one thread, and the filter exchanges nothing. The best keys stay in registers until the unit is done.
 //
 // Overlap. Both groups multiply the same chunks of x, each with rows of the weight of its own. The chunks of x repeat
-// with every tile, so the groups need not begin a tile together: the second one begins up to four chunks later, and sums
-// each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs ahead
-// in the ring of chunks, which is about as deep as a filter is long. Two groups in plain turns, which share nothing,
-// would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
+// with every tile, so the groups need not begin a tile together: the second one begins up to three chunks later, and
+// sums each tile from there, around. While one group filters, the other one has the tensor cores to itself, and runs
+// ahead in the ring of chunks, which is somewhat deeper than a filter is long. Two groups in plain turns, which share
+// nothing, would want 64 bytes a cycle at full speed, all that a multiprocessor can take in. These want 48.
 //
 // Clusters. The blocks of a cluster have different tokens and the same buckets. Each loads its part of the weight's
-// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4: for
-// a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
+// rows and sends it to all. Of the L2 cache a block then wants 48, 32 or 24 bytes a cycle for clusters of 1, 2 or 4:
+// for a whole H100 at 900 TFLOP/s 10, 6.7 or 5 TB/s, and its L2 has 5 to 7.
 //
 // Order. screen_tile_of() has as many tokens go down the buckets together as are 16 MiB of x, which stay in the cache;
-// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768 once,
-// 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
+// the weight is read from memory once for all of them. At 8192 tokens and 131072 latents in two bytes: with d = 768
+// once, 201 MB; with d = 4096 four times 1.07 GB, 1.4 ms of memory's time beside 11 ms of products.
 #include "cuda/screen.h"
 
 #include <cmath>
@@ -33,7 +33,7 @@ namespace {
 constexpr int kTokens = 128, kBuckets = 8, kMembers = 16, kLatents = kBuckets * kMembers;
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kMostStagger = 4;  // chunks; a filter takes as long as three to four chunks of products of one group
+constexpr int kMostStagger = 3;  // chunks; a filter takes as long as two or three chunks of one group's products
 constexpr int kChunkBytes = 128;  // of a row
 constexpr int kTileBytes = 128 * kChunkBytes;
 constexpr int kSteps = kChunkBytes / 32;  // products to a chunk
@@ -98,14 +98,12 @@ struct Unit {
 
 __device__ __forceinline__ Unit unit_of(const ScreenParams& p, std::int32_t number) {
     const ScreenTile tile = screen_tile_of(number, p.token_tiles, p.bucket_tiles, p.group);
-    const std::int32_t bucket = tile.buckets * (kGroups * kBuckets);
-    if (!p.order) {
-        const std::int32_t block = tile.tokens * p.cluster + static_cast<std::int32_t>(cluster_rank());
-        return {true, block * kTokens, p.rows, bucket, 0};
-    }
+    const std::int32_t bucket = tile.buckets * (kGroups * kBuckets), height = p.cluster * kTokens;
+    const std::int32_t mine = static_cast<std::int32_t>(cluster_rank()) * kTokens;
+    if (!p.order) return {true, tile.tokens * height + mine, p.rows, bucket, 0};
     const std::int32_t expert = p.tile_expert[tile.tokens];
     if (expert >= p.n_experts) return {false, 0, 0, 0, 0};
-    const std::int32_t row = p.offsets[expert] + (tile.tokens - p.first_tile[expert]) * kTokens;
+    const std::int32_t row = p.offsets[expert] + (tile.tokens - p.first_tile[expert]) * height + mine;
     return {true, row, p.offsets[expert + 1], bucket, expert};
 }
 
@@ -391,12 +389,13 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     p.n_experts = slots.n_experts;
     p.rows = narrow(args.rows);
     p.chunks = narrow(ceil_div(args.d, kChunk));
-    p.stagger = min_of(kMostStagger, p.chunks / 2);
     p.whole_members = narrow(args.n_real / args.n_buckets);
     p.longer_buckets = narrow(args.n_real % args.n_buckets);
     p.n_buckets = narrow(args.n_buckets);
     p.n_members = narrow(args.n_members);
     p.tiles = narrow(ceil_div(args.n_members, kMembers));
+    // At both ends of a unit so many chunks are loaded for one group alone, which short units feel.
+    p.stagger = min_of(min_of(kMostStagger, p.tiles), p.chunks / 2);
     p.cluster = args.cluster;
     p.token_tiles = narrow(ceil_div(args.rows, kTokens * args.cluster)) + slots.n_experts;
     p.bucket_tiles = narrow(ceil_div(args.n_buckets, kGroups * kBuckets));
@@ -451,13 +450,13 @@ void screen(const ScreenArgs& args, Stream stream) {
     require(args.d > 0 && args.n_buckets > 0 && args.n_members > 0 && args.rows >= 0, "sizes must be positive");
     constexpr std::int64_t kMost = std::int64_t{1} << 31;
     const std::int64_t experts = args.slots ? args.slots->n_experts : 1;
-    require(args.rows <= kMost - 1024 && args.d <= kMost - 1024 &&
+    require(args.rows <= kMost - 2048 && args.d <= kMost - 1024 &&
                 (args.n_buckets + 16) * (args.n_members + 16) * experts < kMost,
             "rows, d and latents must be below 2^31");
     require(args.keep >= 1 && args.keep <= 3, "keep must be 1, 2 or 3");
     require(args.cluster == 1 || args.cluster == 2 || args.cluster == 4, "cluster must be 1, 2 or 4");
-    require(!args.slots || (args.cluster == 1 && args.n_real == args.n_buckets * args.n_members),
-            "with slots cluster must be 1, and n_real n_buckets * n_members");
+    require(!args.slots || args.n_real == args.n_buckets * args.n_members,
+            "with slots n_real must be n_buckets * n_members");
     require(args.n_real >= 0 && args.n_real <= args.n_buckets * args.n_members,
             "n_real must be at most n_buckets * n_members");
     require_hopper("screen");

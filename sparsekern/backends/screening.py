@@ -53,15 +53,12 @@ class Cast(NamedTuple):
         What each row is to be multiplied by; not for bfloat16, which has the range of float32.
     norm, error : Tensor [n]
         Norm of each row before rounding, and of what rounding changed.
-    zeros : int
-        Rows of zeros that follow on `rows` in memory, with numbers of their own in `scale`'s.
     """
 
     rows: Tensor
     scale: Tensor | None
     norm: Tensor
     error: Tensor
-    zeros: int = 0
 
 
 def as_it_is(rows: Tensor) -> Cast:
@@ -76,10 +73,12 @@ class Quantized:
     It is valid as long as nobody but its keeper changes the weight. Changes by torch are seen by the tensor's version.
     Those through ``weight.data``, which has none, are seen on the device by the first column, without anybody waiting:
     the slack is then infinite, and every token is repaired.
+
+    `zeros` rows of zeros follow on those of the copy in memory.
     """
 
-    def __init__(self, weight: Tensor, cast: Cast) -> None:
-        self.cast = cast
+    def __init__(self, weight: Tensor, cast: Cast, zeros: int = 0) -> None:
+        self.cast, self.zeros = cast, zeros
         self.address = weight.data_ptr()
         self._column = torch.empty_like(weight.detach()[:, 0])
         self.mark_current(weight)

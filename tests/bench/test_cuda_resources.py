@@ -24,7 +24,7 @@ def test_every_kernel_is_compiled_within_its_bounds():
 
 def kernel(**changed):
     instructions = dict.fromkeys(cuda_resources.SHOWN, 0)
-    return Kernel("screen", "screen", "90a", 168, 0, 0, 0, instructions)._replace(**changed)
+    return Kernel("screen", "screen", "90a", 168, 0, 0, instructions)._replace(**changed)
 
 
 def test_what_is_out_of_bounds_is_named():
@@ -40,7 +40,7 @@ def test_what_is_out_of_bounds_is_named():
 def test_the_table_has_the_largest_of_all_variants():
     variants = [kernel(registers=100), kernel(registers=90, instructions=dict.fromkeys(cuda_resources.SHOWN, 3))]
     *_, row = cuda_resources.table(variants).splitlines()
-    assert row.startswith("| `screen.cu` `screen` | 90a | 2 | 100 | 0 | 0 | HGMMA × 3, QGMMA × 3")
+    assert row.startswith("| `screen.cu` `screen` | 90a | 2 | 100 | 0 | HGMMA × 3, QGMMA × 3")
 
 
 @pytest.mark.parametrize(

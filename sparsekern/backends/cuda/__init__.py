@@ -57,21 +57,20 @@ def __getattr__(name: str) -> Any:
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) -> str | None:
     """Why this backend cannot serve such a call; None when it can. Runs the check of `op` where it has not run yet."""
-    emulated = device.type == "cpu" and _library.emulated()
-    if device.type != "cuda" and not emulated:
-        return f"serves cuda tensors, not {device.type}"
+    if device.type != "cuda" and missing(device) is not None:
+        return missing(device)
     if op not in _OPS:
         return f"has no {op} kernel"
     if not _chosen():
         return OFF
     if dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {dtype}"
-    reason = None if emulated else _library.built(device)
+    reason = missing(device)
     if reason is None and op in _ENCODERS:
         from sparsekern.backends.cuda import encode
 
         reason = encode.serves(op, device, dtype, screen)
-    if reason is None and not emulated:
+    if reason is None and device.type == "cuda":
         from sparsekern.backends import check
 
         reason = check.verdict(sys.modules[__name__], check.name_of(op, screen), dtype, device)
@@ -80,7 +79,10 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
 
 def missing(device: torch.device) -> str | None:
     """Why no kernel can run on `device`; None where they can."""
-    return _library.built(device)
+    if device.type == "cuda":
+        return _library.built(device)
+    emulated = device.type == "cpu" and _library.emulated()
+    return None if emulated else f"serves cuda tensors, not {device.type}"
 
 
 def summary() -> str:

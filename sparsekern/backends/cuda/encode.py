@@ -150,14 +150,14 @@ def cast_rows(rows: Tensor, dtype: torch.dtype, zeros: int = 0) -> Cast:
     kernels, stream = _kernels(rows)
     arguments = (*(t.data_ptr() for t in (out, scale, norm, error)), limit, n + zeros, stream)
     kernels.cast_rows(_name(rows), _rows(rows), n, d, _name(out), *arguments)
-    return Cast(out[:n], scale[:n] if limit else None, norm[:n], error[:n], zeros)
+    return Cast(out[:n], scale[:n] if limit else None, norm[:n], error[:n])
 
 
 def quantized(weight: Tensor, screen: str = "auto") -> Quantized:
     """A copy of `weight` for the caller to own, which :func:`topk_encode` uses with `screen` while it is current."""
     tiles = plans.whole_tiles(weight.shape[0], 1)  # the longest buckets that any k has
     zeros = 0 if tiles is None else 8 * tiles[1]
-    return register(Quantized(weight, cast_rows(weight.detach(), copy_dtype(screen), zeros)))
+    return register(Quantized(weight, cast_rows(weight.detach(), copy_dtype(screen), zeros), zeros))
 
 
 def screen_operands(
@@ -168,7 +168,7 @@ def screen_operands(
         return with_slack(as_it_is(x), as_it_is(weight), bias, plan)
     x_cast = cast_rows(x, plan.operand)
     zeros = plan.n_buckets * plan.n_members - len(weight) if plan.tile is not None else 0
-    if copy is not None and plan.operand == copy.cast.rows.dtype and copy.cast.zeros >= zeros:
+    if copy is not None and plan.operand == copy.cast.rows.dtype and copy.zeros >= zeros:
         return with_slack(x_cast, copy.cast, bias, plan, copy.unchanged(weight))
     return with_slack(x_cast, cast_rows(weight, plan.operand, max(0, zeros)), bias, plan)
 
@@ -240,8 +240,9 @@ def routed_topk_encode(
     screening.last.clear()
     for part in chunks(rows, selections * _row_bytes(plan, k)):
         mine = experts[part]
-        grouped = (order, offsets) if len(mine) == rows else _stand_in(x).group_slots(mine, n_experts)
-        slots = Slots(mine.view(len(mine) * selections, -1), *grouped, n_active, latents)
+        if len(mine) < rows:
+            order, offsets = _stand_in(x).group_slots(mine, n_experts)
+        slots = Slots(mine.view(len(mine) * selections, -1), order, offsets, n_active, latents)
         keys = screen_keys(screened, part, bias, plan, slots)
         found = values[part].view(-1, k), indices[part].view(-1, k)
         finish(keys, x[part], weight, bias, k, screened, part, plan, *found, slots)

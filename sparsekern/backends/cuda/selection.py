@@ -37,7 +37,7 @@ def row_topk(keys: Tensor, k: int, *, passes: Tensor | None = None, plan: Any = 
     Returns
     -------
     values, indices
-        ``[rows, k]`` in the dtype of `keys`, falling, and ``[rows, k]`` int32; equal keys in the order of their indices.
+        ``[rows, k]`` in the dtype of `keys`, falling, and ``[rows, k]`` int32; equal keys by rising index.
 
     Raises
     ------

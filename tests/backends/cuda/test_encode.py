@@ -113,9 +113,10 @@ def test_odd_shapes(rows, d, n, k):
 @given(
     rows=st.integers(1, 5),
     n=st.integers(1, 200),
-    d=st.integers(1, 40),
+    d=st.sampled_from([*range(1, 41), 8, 16, 24]),
     k=st.integers(1, 8),
     keep=st.sampled_from([1, 2, 3]),
+    screen=st.sampled_from(["auto", "fp16"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     has_bias=st.booleans(),
     absolute=st.booleans(),
@@ -124,7 +125,7 @@ def test_odd_shapes(rows, d, n, k):
     seed=st.integers(0, 2**31),
 )
 def test_whole_numbers_equal_to_the_reference(
-    rows, n, d, k, keep, dtype, has_bias, absolute, negative, latent_by_latent, seed
+    rows, n, d, k, keep, screen, dtype, has_bias, absolute, negative, latent_by_latent, seed
 ):
     """Scores are exact, and latents tie everywhere, of either sign."""
     torch.manual_seed(seed)
@@ -137,7 +138,7 @@ def test_whole_numbers_equal_to_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         few_buckets(patch, n_buckets=n if keep == 1 else -(-n // 3), keep=keep)
         patch.setattr(encode, "by_latent", lambda *_: latent_by_latent)
-        found = cuda.topk_encode(x, weight, bias, k, "auto", absolute=absolute)
+        found = cuda.topk_encode(x, weight, bias, k, screen, absolute=absolute)
     assert_equal(found, reference.topk_encode(x, weight, bias, k, "none", absolute))
 
 
@@ -173,6 +174,14 @@ def test_crowded_buckets_are_opened(monkeypatch, path, absolute):
     stats = cuda.last_encode()
     assert int(stats.repaired) == 0
     assert int(stats.rescored) >= 15 + len(weight[5::buckets]) - 5
+
+
+def test_zeros_of_either_sign_tie():
+    x, weight = torch.zeros(2, 1), torch.tensor([[-1.0], [1.0], [-2.0], [3.0]])
+    x[1] = 1
+    found = cuda.topk_encode(x, weight, None, 2, "none")
+    assert_equal(found, reference.topk_encode(x, weight, None, 2, "none"))
+    assert found[1][0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("parts", [1, 5])
@@ -315,11 +324,13 @@ def test_latents_switched_off_by_their_bias_come_last(path):
 def test_nothing_waits_for_the_device(monkeypatch, no_waiting):
     few_buckets(monkeypatch)
     x, weight, bias = CASES["random"](3, 256, 24)
+    tensors, routed = problem(5, 16, 3, 2, 128)
     with no_waiting():
         for latent_by_latent in (False, True):
             monkeypatch.setattr(encode, "by_latent", lambda *_, on=latent_by_latent: on)
             cuda.topk_encode(x, weight, bias, 3, "fp16", path="fused")
             cuda.topk_encode(x, weight, bias, 3, "auto", path="chunked")
+        cuda.routed_topk_encode(*tensors, *routed, 3, False, "auto")
 
 
 def test_what_it_does_not_screen_goes_to_the_reference(monkeypatch):
@@ -363,6 +374,27 @@ def test_values_indices_and_gradients_of_the_op(monkeypatch, dtype, absolute):
         codes = sk.topk_encode(*leaves[:3], 5, center=leaves[3], absolute=absolute)
         results.append([codes.values, codes.indices, *torch.autograd.grad(codes.values, leaves, cotangent)])
     assert_equal(*results)
+
+
+def test_the_optimizer_keeps_the_copy_that_the_screen_reads(monkeypatch):
+    few_buckets(monkeypatch)
+    monkeypatch.setattr(cuda, "screens", lambda n, d: True)
+    casts = []
+    cast_rows = encode.cast_rows
+    monkeypatch.setattr(encode, "cast_rows", lambda rows, *rest: casts.append(len(rows)) or cast_rows(rows, *rest))
+    sae = sk.SAE(16, 200, sk.TopK(4), generator=torch.Generator().manual_seed(1))
+    trainer = sk.Trainer(sae, lr=1e-2)
+    x = torch.randn(3, 8, 16)
+    for batch in x[:2]:
+        trainer.step(batch)
+    casts.clear()
+    trainer.step(x[2])
+    assert casts == [8]  # of the tokens alone
+    assert int(cuda.last_encode().repaired) == 0
+    copy, fresh = screening.current_copy(sae.W_enc), encode.cast_rows(sae.W_enc.detach(), plans.SCREEN_DTYPE)
+    assert torch.equal(copy.cast.rows, fresh.rows)
+    assert torch.equal(copy.cast.scale, fresh.scale)
+    assert copy.zeros >= 56  # up to whole tiles
 
 
 @pytest.mark.parametrize("per_expert", [False, True])

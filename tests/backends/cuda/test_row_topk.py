@@ -1,5 +1,6 @@
 """Streaming row-wise top-k, in the emulator of CUDA."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from sparsekern.backends.cuda import _library
 from sparsekern.backends.cuda.selection import row_topk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROOM = 5120  # candidates in shared memory
+ROOM = 4864  # candidates in shared memory
 INFINITY = math.inf
 
 
@@ -43,8 +44,8 @@ def sampled(kernels, keys, plan):
     """Indices of the sample of rows that begin at a multiple of 16 bytes."""
     assert keys.data_ptr() % 16 == 0
     in_pack = 16 // keys.element_size()
-    packs = kernels.row_topk_sample(plan.sample // in_pack, keys.shape[1] // in_pack)
-    return (torch.tensor(packs)[:, None] * in_pack + torch.arange(in_pack)).flatten()
+    packs = kernels.row_topk_sample(plan.sample // 4, keys.shape[1] // in_pack)
+    return (torch.tensor(packs)[:, None] * in_pack + torch.arange(4) * (in_pack // 4)).flatten()
 
 
 SPECIAL = st.sampled_from(
@@ -80,7 +81,7 @@ def test_equals_a_stable_sort_by_any_plan(kernels, matrix, data):
         sample = data.draw(st.sampled_from([0, 16, 64]), "sample")
         changes = {
             "sample": sample,
-            "rank": data.draw(st.integers(1, max(sample, 1)), "rank"),
+            "rank": data.draw(st.integers(1, max(sample, 1)), "rank of the bound"),
             "parts": parts,
             "list": data.draw(st.sampled_from([2, 64, 1024] if parts > 1 else [0, 2, 64, 1024]), "list"),
             "rows_at_once": data.draw(st.integers(1, 3), "rows at once"),
@@ -113,10 +114,19 @@ HARD = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HARD)
-def test_hard_rows_are_read_once_too(kernels, name):
+def test_hard_rows_are_read_once_too(kernels, name, dtype):
     """Ties are ordered by index, so that for the sample no two keys are equal."""
-    assert expect(HARD[name](9001)[None], 64) == [1]
+    assert expect(HARD[name](9001)[None].to(dtype), 64) == [1]
+
+
+@pytest.mark.parametrize("k", [1, 32, 1024])
+def test_no_length_is_misread_where_the_largest_lie_side_by_side(kernels, k):
+    """The places of the sample depend on the length alone."""
+    for n in range(ROOM + 1, 9000, 379):
+        assert expect(torch.zeros(1, n), k) == [1]
+        assert expect(torch.arange(n).half()[None], k) == [1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -290,5 +300,5 @@ def test_parts_cover_a_row(kernels, parts, packs):
     begins = [kernels.row_topk_part_begin(part, parts, packs) for part in range(parts + 1)]
     assert begins[0] == 0
     assert begins[-1] == packs
-    sizes = [b - a for a, b in zip(begins, begins[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(begins)]
     assert max(sizes) - min(sizes) <= 1

@@ -1,9 +1,6 @@
 // What the tests of the CUDA kernels share beyond native_test.h. A new kernel's tests are one file of this folder.
 #pragma once
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cstdlib>
 
 #include "../native_test.h"
@@ -36,30 +33,32 @@ void in_several_orders(F f, int seeds = 3) {
     unsetenv("SPARSEKERN_EMULATOR_ORDER");
 }
 
-// What a process that runs `f` writes to stderr, if it ends otherwise than with success; empty else. It is how a
-// sanitizer's report is seen.
-template <class F>
-std::string report_of(F f) {
-    int ends[2];
-    CHECK(pipe(ends) == 0, "no pipe");
-    std::fflush(stdout);
-    const pid_t child = fork();
-    CHECK(child >= 0, "no process");
-    if (child == 0) {
-        dup2(ends[1], 2);
-        close(ends[0]);
-        close(ends[1]);
-        f();
-        _exit(0);
-    }
-    close(ends[1]);
+// What a sanitizer is to report: a process of its own runs it. A process that has started fibers cannot fork under
+// ThreadSanitizer, so it is this program again, with `--case <name>`.
+inline std::vector<Test>& cases() {
+    static std::vector<Test> all;
+    return all;
+}
+
+inline std::string& program() {
+    static std::string path;
+    return path;
+}
+
+#define NATIVE_CASE(name)                                                      \
+    static void case_##name();                                                 \
+    [[maybe_unused]] static const bool registered_case_##name =                \
+        (::sparsekern::test::cases().push_back({#name, case_##name}), true); \
+    static void case_##name()
+
+// What is written by the process that runs a case, if it ends otherwise than with success; empty else.
+inline std::string report_of(const std::string& name) {
+    std::FILE* output = popen(("'" + program() + "' --case " + name + " 2>&1").c_str(), "r");
+    CHECK(output, "no process");
     std::string text;
     char piece[4096];
-    for (ssize_t size; (size = read(ends[0], piece, sizeof piece)) > 0;) text.append(piece, static_cast<size_t>(size));
-    close(ends[0]);
-    int status = 0;
-    waitpid(child, &status, 0);
-    return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? "" : text + " ";
+    for (std::size_t size; (size = std::fread(piece, 1, sizeof piece, output)) > 0;) text.append(piece, size);
+    return pclose(output) == 0 ? "" : text + " ";
 }
 
 }  // namespace sparsekern::test

@@ -544,31 +544,40 @@ __global__ void pass_on(const __grid_constant__ WarpSum p) {
     p.to[threadIdx.x] = shared.slot[31 - threadIdx.x];
 }
 
-}  // namespace
-
-// What a sanitizer must report of a kernel that is wrong, and of the right one nothing.
-NATIVE_TEST(missing_barriers_are_races) {
+// What a sanitizer must report of a kernel that is wrong, and nothing of the right one.
+void reverse_once(bool right) {
     Buffer<int> from(256), to(256);
     for (int i = 0; i < 256; ++i) from[i] = i;
+    launch("reverse", reverse, LaunchShape{1, 256, sizeof(ReverseShared)}, nullptr,
+           Reverse{from.data(), to.data(), right});
+}
+
+void pass_on_once(bool right) {
+    Buffer<int> to(32);
+    launch("pass_on", pass_on, LaunchShape{1, 32, sizeof(HandingShared)}, nullptr, WarpSum{to.data(), right});
+}
+
+void sum_once(bool right) {
     Buffer<unsigned> values(4 * 64), sums(4);
     for (int i = 0; i < 4 * 64; ++i) values[i] = 1;
-    for (const bool right : {true, false}) {
-        const auto expect = [right](const char* what, const std::string& report) {
-            CHECK(right ? report.empty() : contains(report, "data race"), what << " reports: " << report);
-        };
-        expect("reverse", report_of([&] {
-                   launch("reverse", reverse, LaunchShape{1, 256, sizeof(ReverseShared)}, nullptr,
-                          Reverse{from.data(), to.data(), right});
-               }));
-        expect("pass_on", report_of([&] {
-                   launch("pass_on", pass_on, LaunchShape{1, 32, sizeof(HandingShared)}, nullptr,
-                          WarpSum{to.data(), right});
-               }));
-        expect("sum_in_last", report_of([&] {
-                   unsigned done = 0, total = 0;
-                   launch("sum_in_last", sum_in_last, LaunchShape{4, 64, 8}, nullptr,
-                          Last{values.data(), sums.data(), &done, &total, right});
-               }));
+    unsigned done = 0, total = 0;
+    launch("sum_in_last", sum_in_last, LaunchShape{4, 64, 8}, nullptr,
+           Last{values.data(), sums.data(), &done, &total, right});
+}
+
+}  // namespace
+
+NATIVE_CASE(barrier) { reverse_once(true); }
+NATIVE_CASE(no_barrier) { reverse_once(false); }
+NATIVE_CASE(syncwarp) { pass_on_once(true); }
+NATIVE_CASE(no_syncwarp) { pass_on_once(false); }
+NATIVE_CASE(fence) { sum_once(true); }
+NATIVE_CASE(no_fence) { sum_once(false); }
+
+NATIVE_TEST(missing_barriers_are_races) {
+    for (const std::string right : {"barrier", "syncwarp", "fence"}) {
+        CHECK(report_of(right).empty(), right << " reports: " << report_of(right));
+        CHECK(contains(report_of("no_" + right), "data race"), "no_" << right << " reports: " << report_of("no_" + right));
     }
 }
 #endif
@@ -584,15 +593,18 @@ __global__ void write_at(const __grid_constant__ Beyond p) {
     if (threadIdx.x == 0) shared_memory<HandingShared>().slot[p.at] = 1;
 }
 
+void write_once(int at) {
+    launch("write_at", write_at, LaunchShape{1, 32, sizeof(HandingShared)}, nullptr, Beyond{at});
+}
+
 }  // namespace
 
+NATIVE_CASE(within) { write_once(31); }
+NATIVE_CASE(beyond) { write_once(32); }
+
 NATIVE_TEST(shared_memory_ends) {
-    for (const int at : {31, 32}) {
-        const std::string report = report_of([at] {
-            launch("write_at", write_at, LaunchShape{1, 32, sizeof(HandingShared)}, nullptr, Beyond{at});
-        });
-        // UndefinedBehaviorSanitizer sees the index, AddressSanitizer the address.
-        CHECK(at < 32 ? report.empty() : contains(report, "write_at"), report);
-    }
+    CHECK(report_of("within").empty(), report_of("within"));
+    // UndefinedBehaviorSanitizer sees the index, AddressSanitizer the address.
+    CHECK(contains(report_of("beyond"), "write_at"), report_of("beyond"));
 }
 #endif
