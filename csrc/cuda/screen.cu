@@ -98,14 +98,12 @@ struct Unit {
 
 __device__ __forceinline__ Unit unit_of(const ScreenParams& p, std::int32_t number) {
     const ScreenTile tile = screen_tile_of(number, p.token_tiles, p.bucket_tiles, p.group);
-    const std::int32_t bucket = tile.buckets * (kGroups * kBuckets);
-    if (!p.order) {
-        const std::int32_t block = tile.tokens * p.cluster + static_cast<std::int32_t>(cluster_rank());
-        return {true, block * kTokens, p.rows, bucket, 0};
-    }
+    const std::int32_t bucket = tile.buckets * (kGroups * kBuckets), height = p.cluster * kTokens;
+    const std::int32_t mine = static_cast<std::int32_t>(cluster_rank()) * kTokens;
+    if (!p.order) return {true, tile.tokens * height + mine, p.rows, bucket, 0};
     const std::int32_t expert = p.tile_expert[tile.tokens];
     if (expert >= p.n_experts) return {false, 0, 0, 0, 0};
-    const std::int32_t row = p.offsets[expert] + (tile.tokens - p.first_tile[expert]) * kTokens;
+    const std::int32_t row = p.offsets[expert] + (tile.tokens - p.first_tile[expert]) * height + mine;
     return {true, row, p.offsets[expert + 1], bucket, expert};
 }
 
@@ -391,12 +389,13 @@ void screen_as(const ScreenArgs& args, Stream stream) {
     p.n_experts = slots.n_experts;
     p.rows = narrow(args.rows);
     p.chunks = narrow(ceil_div(args.d, kChunk));
-    p.stagger = min_of(kMostStagger, p.chunks / 2);
     p.whole_members = narrow(args.n_real / args.n_buckets);
     p.longer_buckets = narrow(args.n_real % args.n_buckets);
     p.n_buckets = narrow(args.n_buckets);
     p.n_members = narrow(args.n_members);
     p.tiles = narrow(ceil_div(args.n_members, kMembers));
+    // At both ends of a unit so many chunks are loaded for one group alone, which short units feel.
+    p.stagger = min_of(min_of(kMostStagger, p.tiles), p.chunks / 2);
     p.cluster = args.cluster;
     p.token_tiles = narrow(ceil_div(args.rows, kTokens * args.cluster)) + slots.n_experts;
     p.bucket_tiles = narrow(ceil_div(args.n_buckets, kGroups * kBuckets));
@@ -451,13 +450,13 @@ void screen(const ScreenArgs& args, Stream stream) {
     require(args.d > 0 && args.n_buckets > 0 && args.n_members > 0 && args.rows >= 0, "sizes must be positive");
     constexpr std::int64_t kMost = std::int64_t{1} << 31;
     const std::int64_t experts = args.slots ? args.slots->n_experts : 1;
-    require(args.rows <= kMost - 1024 && args.d <= kMost - 1024 &&
+    require(args.rows <= kMost - 2048 && args.d <= kMost - 1024 &&
                 (args.n_buckets + 16) * (args.n_members + 16) * experts < kMost,
             "rows, d and latents must be below 2^31");
     require(args.keep >= 1 && args.keep <= 3, "keep must be 1, 2 or 3");
     require(args.cluster == 1 || args.cluster == 2 || args.cluster == 4, "cluster must be 1, 2 or 4");
-    require(!args.slots || (args.cluster == 1 && args.n_real == args.n_buckets * args.n_members),
-            "with slots cluster must be 1, and n_real n_buckets * n_members");
+    require(!args.slots || args.n_real == args.n_buckets * args.n_members,
+            "with slots n_real must be n_buckets * n_members");
     require(args.n_real >= 0 && args.n_real <= args.n_buckets * args.n_members,
             "n_real must be at most n_buckets * n_members");
     require_hopper("screen");

@@ -13,8 +13,8 @@
 namespace sparsekern::cuda {
 
 // Slots (a token's place at one of its experts) in the order of experts, for an encoder whose tokens meet the latents
-// of some experts alone. Tile t has 128 slots of expert tile_expert[t], which is n_experts where there is no such tile;
-// the tables have room for ceil(slots / 128) + n_experts tiles. They are on the device.
+// of some experts alone. Tile t has 128 * cluster slots of expert tile_expert[t], which is n_experts where there is no
+// such tile; there are at most ceil(slots / (128 * cluster)) + n_experts. The tables are on the device.
 struct ScreenSlots {
     const std::int32_t* order;        // [slots]: slots by rising expert
     const std::int32_t* offsets;      // [n_experts + 1]: where each expert's begin in `order`
@@ -44,7 +44,7 @@ struct ScreenArgs {
     std::int64_t n_real, n_buckets, n_members;
     int keep;       // 1 to 3
     bool absolute;  // keys of sizes
-    int cluster;    // blocks that share what they read of the weight: 1, 2 or 4; with slots 1
+    int cluster;    // blocks, of 128 rows each, that share what they read of the weight: 1, 2 or 4
     const ScreenSlots* slots;  // or nullptr
 };
 

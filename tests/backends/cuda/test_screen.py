@@ -94,7 +94,7 @@ def test_tokens_and_tiles_of_any_number(emulated, rows, n_buckets, n_members, cl
 
 @pytest.mark.parametrize("d", [8, 64, 128, 136, 648, 1024])
 def test_any_width(emulated, d):
-    check(emulated, "float16", 40, d, 16, 32, keep=3)
+    check(emulated, "float16", 40, d, 16, 48, keep=3)
 
 
 @pytest.mark.parametrize("bias", ["float32", "float16", "bfloat16"])
@@ -118,7 +118,7 @@ def test_rows_apart(emulated, gap):
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_any_interleaving(emulated, monkeypatch, order, cluster):
     monkeypatch.setenv("SPARSEKERN_EMULATOR_ORDER", str(order))
-    check(emulated, "float8_e4m3fn", 300, 656, 16, 32, keep=3, scaled=True, bias="float32", cluster=cluster, seed=order)
+    check(emulated, "float8_e4m3fn", 300, 784, 16, 48, keep=3, scaled=True, bias="float32", cluster=cluster, seed=order)
 
 
 @settings(max_examples=12, deadline=None)
@@ -141,11 +141,11 @@ def test_any_shape(emulated, dtype, rows, d, n_buckets, n_members, keep, cluster
           absolute=absolute, cluster=cluster)  # fmt: skip
 
 
-def tiles(offsets, n_slots):
-    """First tile of every expert, and expert of every tile, of 128 slots."""
-    counts = (offsets.diff() + 127) // 128
+def tiles(offsets, n_slots, height):
+    """First tile of every expert, and expert of every tile, of `height` slots."""
+    counts = (offsets.diff() + height - 1) // height
     ends = counts.cumsum(0, dtype=torch.int32)
-    numbers = torch.arange(-(-n_slots // 128) + len(counts), dtype=torch.int32)
+    numbers = torch.arange(-(-n_slots // height) + len(counts), dtype=torch.int32)
     return ends - counts, torch.searchsorted(ends, numbers, right=True, out_int32=True)
 
 
@@ -154,8 +154,9 @@ def tiles(offsets, n_slots):
     [([5, 0, 131, 0, 64], 1), ([0, 0, 40], 1), ([256, 128], 2), ([1, 30, 30, 1], 2)],
     ids=["uneven", "one-has-all", "whole-tiles", "small"],
 )
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_slots_meet_the_latents_of_their_expert(emulated, loads, n_active, dtype):
+def test_slots_meet_the_latents_of_their_expert(emulated, loads, n_active, dtype, cluster):
     generator = torch.Generator().manual_seed(3)
     d, n_buckets, n_members, keep = 80, 20, 16, 3
     n_slots, n_experts, latents = sum(loads), len(loads), n_buckets * n_members
@@ -177,7 +178,7 @@ def test_slots_meet_the_latents_of_their_expert(emulated, loads, n_active, dtype
         mine = scores[slot // n_active, expert[place] * latents :][:latents]
         expected[slot] = keys_of(mine[None].float(), n_members, keep, False, latents)[0]
     found = run(emulated, dtype, gathered, x_scale, weight, weight_scale, bias, n_members=n_members, keep=keep,
-                slots=(order, offsets, *tiles(offsets, n_slots), n_active))  # fmt: skip
+                cluster=cluster, slots=(order, offsets, *tiles(offsets, n_slots, 128 * cluster), n_active))  # fmt: skip
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 

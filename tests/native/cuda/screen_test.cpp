@@ -65,7 +65,8 @@ void check_case(const Case& c, ElementType type) {
 
     // Slots in the order of experts, the last slot first.
     Buffer<std::int32_t> order(c.rows), offsets(experts + 1), first_tile(experts);
-    Buffer<std::int32_t> tile_expert((c.rows + 127) / 128 + experts);
+    const std::int64_t height = 128 * c.cluster;
+    Buffer<std::int32_t> tile_expert((c.rows + height - 1) / height + experts);
     Buffer<T> gathered(c.rows * c.d);
     std::vector<std::int64_t> expert_of(c.rows, 0);  // of each place in `order`
     ScreenSlots slots{order.data(), offsets.data(), first_tile.data(), tile_expert.data(), 1,
@@ -78,7 +79,7 @@ void check_case(const Case& c, ElementType type) {
             order[place] = static_cast<std::int32_t>(c.rows - 1 - place);
             expert_of[place] = e;
         }
-        for (std::int64_t i = 0; i < (c.loads[e] + 127) / 128; ++i) tile_expert[tiles++] = static_cast<std::int32_t>(e);
+        for (std::int64_t i = 0; i < c.loads[e]; i += height) tile_expert[tiles++] = static_cast<std::int32_t>(e);
     }
     offsets[experts] = static_cast<std::int32_t>(place);
     while (tiles < tile_expert.size()) tile_expert[tiles++] = static_cast<std::int32_t>(experts);
@@ -139,7 +140,7 @@ NATIVE_TEST(screen) {
         const std::vector<Case> more = {
             {1, 8, 8, 16, 0, 1, false, false, 1, {}},   {300, 64, 16, 48, 0, 2, true, true, 4, {}},
             {520, 136, 9, 20, 7, 3, true, true, 2, {}}, {33, 320, 24, 7, 3, 3, false, false, 1, {}},
-            {40, 64, 8, 16, 0, 3, false, false, 1, {0, 0, 40}},
+            {40, 64, 8, 16, 0, 3, false, false, 1, {0, 0, 40}}, {350, 64, 8, 16, 0, 3, true, false, 2, {300, 50}},
         };
         cases.insert(cases.end(), more.begin(), more.end());
     }
