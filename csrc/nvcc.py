@@ -62,24 +62,24 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
     Raises ``subprocess.CalledProcessError``, with the compiler's words printed, where one does not compile.
     """
     include = [HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
+    flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
     flags += ["-DSPARSEKERN_CUDA_ARCHS=" + r"\,".join(archs), *(f"-I{path}" for path in include)]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    common = hashlib.sha256(f"{version} {flags} {targets} {pybind11.__version__}".encode())
+    common = hashlib.sha256(f"{version} {pybind11.__version__}".encode())
     for header in headers():
         common.update(header.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Object:
         made = folder / f"{source.stem}.o"
+        # The bindings have no kernels and no loops, and much that is read anew for each architecture.
+        wanted = [targets[-1], "-O1"] if source.stem == "bindings" else [*targets, "-O3"]
+        command = [nvcc, *flags, *wanted, "-c", str(source), "-o", str(made)]
         log, key, state = made.with_suffix(".log"), made.with_suffix(".key"), common.copy()
-        state.update(source.read_bytes())
+        state.update(repr(command).encode() + source.read_bytes())
         if not (made.exists() and key.exists() and key.read_text() == state.hexdigest()):
             key.unlink(missing_ok=True)
-            # The bindings have no kernels and no loops, and much that is read anew for each architecture.
-            wanted = [targets[-1], "-O1"] if source.stem == "bindings" else targets
-            command = [nvcc, *flags, *wanted, "-c", str(source), "-o", str(made)]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode != 0:

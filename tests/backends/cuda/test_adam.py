@@ -235,6 +235,22 @@ def test_training_equals_that_of_the_reference(monkeypatch, activation, unit_row
         torch.testing.assert_close(mine, runs[1][1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_latents_of_hundreds_of_entries(monkeypatch, unit_rows):
+    """Entries that a warp stages in turns, and pieces of as many as on a device."""
+    monkeypatch.setattr(adam, "SPLIT", 128)
+    rows, weight = 300, random_weight(20)
+    indices = torch.stack([torch.zeros(rows), torch.arange(rows) // 100 + 1, torch.arange(rows) % 5 + 4], dim=1).int()
+    assert (indices.flatten().bincount() > 128).tolist() == [True] + 8 * [False]
+    values, vectors = torch.randn(rows, 3), torch.randn(rows, 20)
+    values[torch.rand(rows, 3) < 0.2] = 0
+    parts = [OuterProducts(values, indices, vectors)]
+    state, expected = fresh_state(weight), dense_gradient(parts, weight.double(), unit_rows)
+    squares, _ = step(parts, weight, unit_rows, state)
+    torch.testing.assert_close(squares, expected.square().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(state["exp_avg"].double(), 0.1 * expected, rtol=1e-5, atol=1e-6)
+
+
 def test_clipping_has_one_norm_for_all_weights():
     weights = [random_weight(17), random_weight(20)]
     parts = [random_parts(17, ["fixed"]), random_parts(20, ["csr"] * 2)]

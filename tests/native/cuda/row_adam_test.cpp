@@ -9,7 +9,7 @@ using namespace sparsekern::test;
 
 namespace {
 
-constexpr std::int32_t kSplit = 4;
+constexpr std::int32_t kSplit = 40;  // more than a warp stages at a time
 
 // Entries of which most are of the first latent and one in six is zero; the last latents have none. `uneven`: they belong
 // to rows by chance, as in CSR form.
@@ -99,7 +99,7 @@ void check_case(const Case& c, ElementType type, float limit) {
     const std::string where =
         "d " + std::to_string(d) + ", slice " + std::to_string(c.slice) + (c.unit_rows ? ", unit rows" : "");
     Random random(11);
-    Part one(9, 3, n, d, c.gap, random, c.uneven), other(2, 1, n, d, c.gap, random, false);
+    Part one(60, 3, n, d, c.gap, random, c.uneven), other(2, 1, n, d, c.gap, random, false);
     Buffer<float> weight(n * d), mean(n * d), square(n * d);
     fill(weight, random, Numbers::real);
     fill(mean, random, Numbers::real);
