@@ -331,7 +331,7 @@ ElementType key_type(const std::string& name) {
 }
 
 void bind_row_topk(py::module_& m) {
-    py::class_<RowTopkPlan>(m, "RowTopkPlan", "How a row_topk is carried out.")
+    py::class_<RowTopkPlan>(m, "RowTopkPlan", py::module_local(), "How a row_topk is carried out.")
         .def_readwrite("sample", &RowTopkPlan::sample)
         .def_readwrite("rank", &RowTopkPlan::rank)
         .def_readwrite("parts", &RowTopkPlan::parts)
@@ -381,7 +381,7 @@ void bind_row_topk(py::module_& m) {
 
 PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
     m.doc() = "CUDA kernels of sparsekern; see the headers of csrc/cuda";
-    py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+    py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
 
     m.def("device_info", &device_info,
           "What the kernels were compiled for and by, the CUDA runtime in them, and the driver or why there is none.");

@@ -57,8 +57,9 @@ def __getattr__(name: str) -> Any:
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) -> str | None:
     """Why this backend cannot serve such a call; None when it can. Runs the check of `op` where it has not run yet."""
-    if device.type != "cuda" and missing(device) is not None:
-        return missing(device)
+    reason = None if device.type == "cuda" else missing(device)  # the library is loaded only for who chose it
+    if reason is not None:
+        return reason
     if op not in _OPS:
         return f"has no {op} kernel"
     if not _chosen():

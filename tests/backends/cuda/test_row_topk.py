@@ -76,7 +76,7 @@ def matrices(draw):
 def test_equals_a_stable_sort_by_any_plan(kernels, matrix, data):
     keys, k = matrix
     changes = {}
-    if keys.shape[1] >= 100:
+    if keys.shape[1] >= 135:  # there are 16 packs of 16 bytes, as many as a sample of 64 keys wants
         parts = data.draw(st.integers(1, 3), "parts")
         sample = data.draw(st.sampled_from([0, 16, 64]), "sample")
         changes = {
