@@ -4,6 +4,9 @@
 // waits for it; until then its accumulators hold NaN, and its operands must still be what they were when the last of
 // the 128 threads issued it, or the launch ends with an error. To ThreadSanitizer, copies and products are threads of
 // their own, which only barriers and waits order.
+//
+// Not modelled: fence.proxy.async between ordinary stores and what copies and products read; how many registers there
+// are; that the threads of a warp come to an instruction together; how tensor cores round sums, coarsely for e4m3.
 #pragma once
 
 #include <algorithm>

@@ -27,8 +27,8 @@ QUICK = ["-O0"]
 class Build:
     """Objects and what is linked of them, made again only where a source, a header of ours or a flag has changed."""
 
-    def __init__(self, compiler):
-        self.compiler = compiler
+    def __init__(self, compiler, folder=FOLDER):
+        self.compiler, self.folder = compiler, folder
         self.version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
 
     def module(self):
@@ -42,16 +42,16 @@ class Build:
 
     def _link(self, name, sources, flags):
         sources = [ROOT / "csrc/cuda/emulator.cpp", *sources]
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with _locked(FOLDER / "lock"), ThreadPoolExecutor(_jobs()) as pool:
-            objects = list(pool.map(self._object, sources))
-            target = FOLDER / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "lock"), ThreadPoolExecutor(_jobs()) as pool:
+            objects = list(pool.map(self.object, sources))
+            target = self.folder / name
             command = [*self.compiler, *flags, *map(str, objects), "-o", str(target)]
             self._make(target, command, objects)
         return target
 
-    def _object(self, source):
-        target = FOLDER / f"{source.stem}.o"
+    def object(self, source):
+        target = self.folder / f"{source.stem}.o"
         dependencies = target.with_suffix(".d")
         command = [*self.compiler, *FLAGS, *(QUICK if source.stem == "bindings" else [])]
         command += [f"-isystem{path}" for path in SYSTEM]

@@ -1,6 +1,5 @@
 """The emulator, through its C++ tests (tests/native/cuda) and the module that the Python tests use."""
 
-import os
 import subprocess
 
 
@@ -17,9 +16,13 @@ def test_module_says_what_it_is(emulated):
     assert emulated.CudaError.__name__ == "CudaError"
 
 
-def test_nothing_is_built_twice(emulator_build):
-    """What tests start with is there at once, and a touched file is no changed one."""
-    module = emulator_build.module()
-    made = module.stat().st_mtime_ns
-    os.utime(module.parent / "emulator.o")
-    assert emulator_build.module().stat().st_mtime_ns == made
+def test_objects_are_made_again_when_a_file_changes(emulator_build, tmp_path):
+    """When its contents do: a new checkout has new times."""
+    build = type(emulator_build)(emulator_build.compiler, tmp_path)
+    source, header = tmp_path / "probe.cpp", tmp_path / "a header.h"
+    source.write_text('#include "a header.h"\nint number() { return NUMBER; }\n')
+    made = []
+    for number in (1, 1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        made.append(build.object(source).stat().st_mtime_ns)
+    assert made[0] == made[1] != made[2]
