@@ -669,16 +669,17 @@ __global__ void __launch_bounds__(32 * kRunWarps) slice_kernel(const __grid_cons
     const int count = static_cast<int>(min_of<std::int64_t>(kRun, total - first));
     const Operands& operands = p.operands;
     const Pair mine = p.pairs[first + min_of(lane, count - 1)];
+    const std::int32_t my_token = mine.place / p.candidates.room / p.candidates.share;
     float sum = 0;
     Part weight{};
     std::int32_t held = -1;
     for (int i = 0; i < count; ++i) {
-        const std::int32_t place = __shfl_sync(kWarp, mine.place, i), latent = __shfl_sync(kWarp, mine.latent, i);
+        const std::int32_t latent = __shfl_sync(kWarp, mine.latent, i);
+        const std::int64_t token = __shfl_sync(kWarp, my_token, i);
         if (latent != held)
             weight = load_part<T, Aligned>(static_cast<const T*>(operands.weight.data) + latent * operands.weight.stride,
                                            p.slice, operands.d);
         held = latent;
-        const std::int64_t token = place / p.candidates.room / p.candidates.share;
         const Part x = load_part<T, Aligned>(static_cast<const T*>(operands.x.data) + token * operands.x.stride, p.slice,
                                              operands.d);
         const float product = multiply<T>(x, weight);

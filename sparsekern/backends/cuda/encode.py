@@ -238,7 +238,8 @@ def routed_topk_encode(
     values = x.new_empty(rows, selections * k)
     indices = torch.empty(rows, selections * k, dtype=torch.int32, device=x.device)
     screening.last.clear()
-    for part in chunks(rows, selections * _row_bytes(plan, k)):
+    gathered = n_active * d * plan.operand.itemsize  # a token's row, once for each of its slots
+    for part in chunks(rows, selections * _row_bytes(plan, k) + gathered):
         mine = experts[part]
         if len(mine) < rows:
             order, offsets = _stand_in(x).group_slots(mine, n_experts)

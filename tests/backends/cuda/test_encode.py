@@ -506,7 +506,8 @@ def test_routed_chunks_change_nothing(monkeypatch, per_expert):
     x[4] = 0
     plan = cuda.routed_plan(5, 2, 5, 24, 128, 4, torch.float32, "auto", (9, 0), has_copy=False, per_expert=per_expert)
     selections = 2 if per_expert else 1
-    monkeypatch.setattr(screening, "WORKSPACE_BYTES", 3 * selections * encode._row_bytes(plan, 4))
+    token_bytes = selections * encode._row_bytes(plan, 4) + 2 * 24 * plan.operand.itemsize
+    monkeypatch.setattr(screening, "WORKSPACE_BYTES", 3 * token_bytes)
     check_routed([x, weight, None], routed, 4, per_expert)
     assert [count.shape[0] for count, _ in screening.last] == [3 * selections, 2 * selections]
     repaired = torch.cat([flags for _, flags in screening.last]).view(5, selections)
