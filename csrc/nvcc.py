@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,25 +62,27 @@ def compile_all(nvcc: str, archs: Sequence[str], folder: Path = CACHE) -> list[O
 
     Raises ``subprocess.CalledProcessError``, with the compiler's words printed, where one does not compile.
     """
-    include = [HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills"]
-    flags += ["-DSPARSEKERN_CUDA_ARCHS=" + r"\,".join(archs), *(f"-I{path}" for path in include)]
+    flags += ["-DSPARSEKERN_CUDA_ARCHS=" + r"\,".join(archs)]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    common = hashlib.sha256(f"{version} {pybind11.__version__}".encode())
+    include = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    # Without the folders: pip has another one for pybind11 in every build.
+    common = hashlib.sha256(f"{version} {flags}".encode())
     for header in headers():
         common.update(header.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Object:
         made = folder / f"{source.stem}.o"
-        # The bindings have no kernels and no loops, and much that is read anew for each architecture.
-        wanted = [targets[-1], "-O1"] if source.stem == "bindings" else [*targets, "-O3"]
-        command = [nvcc, *flags, *wanted, "-c", str(source), "-o", str(made)]
+        wanted, versions = [*targets, "-O3"], ""
+        if source.stem == "bindings":  # they have no kernels and no loops, and much that is read for each architecture
+            wanted, versions = [targets[-1], "-O1"], f"{sys.version} {pybind11.__version__}"
         log, key, state = made.with_suffix(".log"), made.with_suffix(".key"), common.copy()
-        state.update(repr(command).encode() + source.read_bytes())
+        state.update(f"{wanted} {versions}".encode() + source.read_bytes())
         if not (made.exists() and key.exists() and key.read_text() == state.hexdigest()):
             key.unlink(missing_ok=True)
+            command = [nvcc, *flags, *wanted, *include, "-c", str(source), "-o", str(made)]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode != 0:

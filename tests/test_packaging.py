@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +227,7 @@ def cuda_build(source, tmp_path):
     return build
 
 
-def test_cuda_sources_are_compiled_one_by_one_and_only_when_they_change(cuda_build):
+def test_cuda_sources_are_compiled_one_by_one_and_only_when_they_change(cuda_build, tmp_path):
     both = ["bindings.cu", "kernel.cu"]
     done, compiled, built, calls = cuda_build()
     assert (done.returncode, compiled, built) == (0, both, True), done.stderr
@@ -234,6 +235,8 @@ def test_cuda_sources_are_compiled_one_by_one_and_only_when_they_change(cuda_bui
     assert {f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")} <= set(of_kernel)
     assert "-cudart=static" in calls[-1]
     assert cuda_build()[1:3] == ([], True)  # linked anew, from the objects that are there
+    shutil.copytree(Path(pybind11.__file__).parent, tmp_path / "elsewhere" / "pybind11")
+    assert cuda_build(PYTHONPATH=str(tmp_path / "elsewhere"))[1:3] == ([], True)  # as pip's builds have it
     (cuda_build.folder / "kernel.cu").write_text("// another\n")
     assert cuda_build()[1:3] == (["kernel.cu"], True)
     (cuda_build.folder / "kernel.h").write_text("// another\n")
