@@ -260,7 +260,7 @@ def _bucket_panel(
         latent = (first_member + member) * n_buckets + bucket
         real = wanted & (latent < n)[None, :]
         score = tl.load(source + member * n_buckets, mask=real, other=0.0).to(tl.float32)
-        score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST)  # float16 overflows
+        score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST) + 0.0  # float16 overflows; and -0, as 0, ties with 0
         if SCALED:
             score *= by_row[:, None] * tl.load(weight_scale + latent, mask=latent < n, other=0.0)[None, :]
         if HAS_BIAS:

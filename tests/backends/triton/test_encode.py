@@ -60,6 +60,16 @@ def test_hard_inputs(monkeypatch, triton_device, path, keep, case, absolute):
     check(*run(triton_device, *problem, 4, "fp16", absolute), *problem, 4, absolute)
 
 
+@pytest.mark.parametrize("path", ["fused", "chunked"])
+def test_zeros_of_either_sign_tie(monkeypatch, triton_device, path):
+    monkeypatch.setenv("SPARSEKERN_TRITON_ENCODE", path)
+    few_buckets(monkeypatch, n_buckets=24)
+    weight = -torch.ones(150, 1)  # times 0 that is -0, unless something is added to it
+    weight[[5, 30, 60, 90]] = 1.0
+    _, indices = run(triton_device, torch.zeros(3, 1), weight, None, 4, "none")
+    assert indices.tolist() == [[0, 1, 2, 3]] * 3
+
+
 WAYS = [(path, screen) for path in ("fused", "chunked") for screen in ("auto", "none", "fp16", "tf32")]
 
 
