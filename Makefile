@@ -22,7 +22,7 @@ SITE := --system-site-packages
 TORCH :=
 endif
 
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .PHONY: train studies test lint bench bench-gpu clean sanitize sanitize-address sanitize-thread
 
@@ -55,25 +55,36 @@ lint: $(VENV)/installed-dev
 sanitize: sanitize-address sanitize-thread
 
 NATIVE_SOURCES := $(wildcard csrc/cpu/* tests/native/*.h tests/native/*.cpp)
+# The CUDA kernels run on their emulator (csrc/cuda/emulator.h).
+CUDA_SOURCES := $(filter-out csrc/cuda/bindings.cu,$(wildcard csrc/cuda/* tests/native/*.h tests/native/cuda/*))
 # -O1 keeps the stack traces readable. GCC 12 takes the undefined vectors of its own AVX-512 header for uninitialized.
 NATIVE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fopenmp-simd -ffp-contract=fast -Wall -Wextra \
     -Wno-uninitialized -Wno-maybe-uninitialized -D_GLIBCXX_ASSERTIONS -Icsrc
+CUDA_FLAGS := -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas -Wno-psabi -x c++
 NATIVE_LIBS := -pthread $(if $(filter Linux,$(shell uname -s)),-ldl)
 SANITIZERS_address := address,undefined
 SANITIZERS_thread := thread
 # ThreadSanitizer wants the addresses where older kernels put them ("unexpected memory mapping" otherwise).
 NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(uname -m) -R)
 
-sanitize-address sanitize-thread: sanitize-%: build/native/%
-	UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 $(NO_ASLR) $<
+sanitize-address sanitize-thread: sanitize-%: build/native/% build/native/cuda-%
+	for driver in $^; do \
+	    UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 $(NO_ASLR) $$driver || exit 1; \
+	done
 
-build/native/address build/native/thread: build/native/%: $(NATIVE_SOURCES) Makefile
-	@mkdir -p $(@D)
-	@echo 'int main() {}' | $(CXX) -fsanitize=$(SANITIZERS_$*) -x c++ - -o $@.probe || { \
-	    echo "make sanitize: $(CXX) cannot link with -fsanitize=$(SANITIZERS_$*). Install its sanitizer runtimes" \
-	         "(libasan, libubsan, libtsan; compiler-rt for clang), or set CXX to a compiler that has them." >&2; exit 1; }
+build/native/address build/native/thread: build/native/%: $(NATIVE_SOURCES) build/native/%.probe
 	$(CXX) $(NATIVE_FLAGS) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all \
 	    $(filter %.cpp,$^) -o $@ $(NATIVE_LIBS)
+
+build/native/cuda-address build/native/cuda-thread: build/native/cuda-%: $(CUDA_SOURCES) build/native/%.probe
+	$(CXX) $(NATIVE_FLAGS) $(CUDA_FLAGS) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all \
+	    $(filter %.cpp %.cu,$^) -o $@ $(NATIVE_LIBS)
+
+build/native/address.probe build/native/thread.probe: build/native/%.probe: Makefile
+	@mkdir -p $(@D)
+	@echo 'int main() {}' | $(CXX) -fsanitize=$(SANITIZERS_$*) -x c++ - -o $@ || { \
+	    echo "make sanitize: $(CXX) cannot link with -fsanitize=$(SANITIZERS_$*). Install its sanitizer runtimes" \
+	         "(libasan, libubsan, libtsan; compiler-rt for clang), or set CXX to a compiler that has them." >&2; exit 1; }
 
 # Against the peers, on made data, and on STORE where there is one.
 bench: $(VENV)/installed-bench

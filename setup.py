@@ -2,16 +2,16 @@
 
 sparsekern._native (csrc/cpu)   CPU kernels. Without a working C++ compiler it is left out and the package runs on the
                                 reference backend.
-sparsekern._cuda (csrc/cuda)    CUDA kernels, when that folder has sources and nvcc is on the PATH or in CUDA_HOME.
-                                SPARSEKERN_BUILD_CUDA=1 makes a missing nvcc an error, =0 leaves them out;
-                                SPARSEKERN_CUDA_ARCHS names the architectures (default "80;90a").
+sparsekern._cuda (csrc/cuda)    CUDA kernels, where nvcc is on the PATH or in CUDA_HOME. SPARSEKERN_BUILD_CUDA=0 leaves
+                                them out, =1 makes a missing nvcc or a failed build an error, and auto, the default,
+                                goes on without them and says so. SPARSEKERN_CUDA_ARCHS names the architectures
+                                ("80;90a"). Objects stay in build/cuda, for the next build of the same sources.
+SPARSEKERN_BUILD_JOBS           how many sources are compiled at a time, by default one for each core.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -20,6 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / CSRC))
+import nvcc  # noqa: E402
 
 
 def native_extension() -> Extension:
@@ -47,21 +50,21 @@ def native_extension() -> Extension:
 def find_nvcc() -> str | None:
     """Path of nvcc, or None where CUDA kernels are not to be built."""
     wanted = os.environ.get("SPARSEKERN_BUILD_CUDA", "auto")
-    if wanted == "0":
-        return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-    if nvcc is None and wanted == "1":
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"SPARSEKERN_BUILD_CUDA={wanted}: must be 0, 1 or auto")
+    found = None if wanted == "0" else nvcc.find()
+    if found is None and wanted == "1":
         raise SystemExit("SPARSEKERN_BUILD_CUDA=1 but nvcc is neither on the PATH nor in CUDA_HOME/bin")
-    return nvcc
+    return found
 
 
 def cuda_extensions() -> list[Extension]:
     """The CUDA kernels as a list of none or one."""
-    sources = sorted(str(p) for p in [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
-    if not sources or find_nvcc() is None:
+    if not nvcc.sources() or find_nvcc() is None:
         return []
-    return [Extension("sparsekern._cuda", sources=sources, include_dirs=[str(CSRC), pybind11.get_include()])]
+    optional = os.environ.get("SPARSEKERN_BUILD_CUDA") != "1"
+    sources = [str(CSRC / "cuda" / path.name) for path in nvcc.sources()]
+    return [Extension("sparsekern._cuda", sources, optional=optional)]
 
 
 class BuildExt(build_ext):
@@ -72,17 +75,19 @@ class BuildExt(build_ext):
         if ext.name != "sparsekern._cuda":
             super().build_extension(ext)
             return
-        nvcc = find_nvcc()
-        assert nvcc is not None, "cuda_extensions() lists _cuda only where nvcc was found"
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("SPARSEKERN_CUDA_ARCHS", "80;90a").split(";")
-        includes = [*ext.include_dirs, sysconfig.get_paths()["include"]]
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        command += [f"-I{path}" for path in includes] + ["-o", str(target), *ext.sources]
-        print(" ".join(command))
-        subprocess.run(command, check=True)
+        compiler = find_nvcc()
+        assert compiler is not None, "cuda_extensions() lists _cuda only where nvcc was found"
+        try:
+            objects = nvcc.compile_all(compiler, nvcc.architectures())
+            nvcc.link(compiler, objects, Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            if not ext.optional:
+                raise SystemExit(f"SPARSEKERN_BUILD_CUDA=1 but the CUDA kernels could not be built: {error}") from error
+            print(
+                f"sparsekern: the CUDA kernels could not be built and are left out ({error}). "
+                "SPARSEKERN_BUILD_CUDA=1 makes this an error, SPARSEKERN_BUILD_CUDA=0 does not try.",
+                file=sys.stderr,
+            )
 
 
 ParallelCompile("SPARSEKERN_BUILD_JOBS").install()  # by default a job for each core

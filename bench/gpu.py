@@ -6,9 +6,10 @@
     python -m sparsekern.bench.gpu_table RECORD             # its tables and its plot
     python -m sparsekern.bench.gpu --device cpu --quick     # a rehearsal: whether everything runs
 
-Checks come first; what fails is recorded, ends the command with 1, and the timings run nevertheless. Then come the
-roofs of the device, and the shapes in order of importance. Work is left out with a reason where it does not fit into
-the time that is left or into the memory. The record is written after each piece of work.
+Checks come first, and the CUDA C++ kernels under compute-sanitizer where that is installed; what fails is recorded,
+ends the command with 1, and the timings run nevertheless. Then come the roofs of the device, the shapes in order of
+importance, and what Nsight Compute counts of the CUDA C++ kernels. Work is left out with a reason where it does not fit
+into the time that is left or into the memory. The record is written after each piece of work.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import secrets
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from typing import Any
 import torch
 
 import sparsekern as sk
-from sparsekern.bench import gpu_checks, gpu_kernels, gpu_steps, gpu_table, memory, record, roofs
+from sparsekern.backends import cuda
+from sparsekern.bench import gpu_checks, gpu_kernels, gpu_steps, gpu_table, gpu_tools, memory, record, roofs
 from sparsekern.bench.options import Case
 from sparsekern.bench.timing import Clock
 from sparsekern.files import write_json
@@ -49,7 +52,7 @@ QUICK_SHAPES = {"x": (64, 32, 512, 8), "y": (96, 48, 1024, 8)}
 ROUTED = ("F", "A", *QUICK_SHAPES)
 """Where routed encoders are timed."""
 GAUSSIAN = 3  # the first so many shapes are timed on Gaussian data too
-PARTS = ("checks", "kernels", "steps")
+PARTS = ("checks", "tools", "kernels", "steps")
 
 GUESSED_SECONDS = {"checks": 30.0, "kernels": 25.0, "steps": 15.0, "compiled": 60.0}
 """What a piece takes besides its timings, compilation above all, until a first one shows it."""
@@ -167,16 +170,20 @@ class Bench:
             "options": options.to_dict(),
             "backends": [row._asdict() for row in sk.backends(options.device)],
             "roofs": {},
-            "checks": {"backend": {}, "entries": [], "skipped": {}},
+            "cuda_kernels": cuda.summary(),
+            "checks": {"backends": {}, "entries": [], "skipped": {}},
+            "tools": {},
             "cases": [],
             "finished": False,
         }
 
     def run(self) -> dict[str, Any]:
         """Everything, in order."""
-        self.say(f"{self.record['device']}, seed {self.options.seed}")
+        self.say(f"{self.record['device']}, seed {self.options.seed}; CUDA C++ kernels: {self.record['cuda_kernels']}")
         if "checks" in self.options.parts:
             self.check()
+        if "tools" in self.options.parts:
+            self.sanitize()
         self.clock = Clock(self.device)
         size = (2**22, 128) if self.options.quick else (2**31, 8192)
         found, missing = roofs.measure(self.clock, *size, turns=self.options.turns)
@@ -190,14 +197,16 @@ class Bench:
                 self.do(piece)
             finally:  # an error of the device may end the run here
                 self.write()
+        if "tools" in self.options.parts:
+            self.tool("ncu", lambda: gpu_tools.profile(self.device, min(60.0, self.budget.left)))
         self.record["finished"] = True
         self.write()
         return self.record
 
     def check(self) -> None:
-        """The backend's own check, and comparisons at real shapes."""
+        """The backends' own checks, and comparisons at real shapes."""
         checks = self.record["checks"]
-        checks["backend"] = gpu_checks.of_backend(self.device)
+        checks["backends"] = gpu_checks.of_backends(self.device)
         shapes = {name: shape for name, shape in self.options.shapes.items() if name in CHECKED or self.options.quick}
         for name in sorted(shapes, key=lambda name: CHECKED.index(name) if name in CHECKED else 0):
             case, start = Case("zipf", *shapes[name]), time.monotonic()
@@ -227,6 +236,18 @@ class Bench:
                 checks["entries"].append({**entry, "raised": gpu_kernels.one_line(error)})
             gpu_kernels.release(self.device)
             self.budget.took("checks", time.monotonic() - start, 0.0)
+
+    def sanitize(self) -> None:
+        """The CUDA C++ kernels on small shapes under each tool of compute-sanitizer, in a tenth of the time at most."""
+        for name in gpu_tools.SANITIZERS:
+            limit = min(6 * self.options.minutes, self.budget.left)
+            self.tool(name, lambda name=name, limit=limit: gpu_tools.sanitize(name, self.device, limit))  # type: ignore[misc]
+
+    def tool(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """What a tool of the CUDA toolkit says, or why there is none."""
+        found = self.record["tools"][name] = run()
+        self.say(f"{name}: {gpu_table.tool_line(found)}")
+        self.write()
 
     def do(self, piece: Piece) -> None:
         """One piece, or the reason why it is left out."""
@@ -262,6 +283,8 @@ class Bench:
         entry |= {"trained": trained, "first_step_s": subject.first_step_s, "touched": subject.touched()}
         for group in piece.what:
             reason = self.too_much("group", gpu_kernels.needs(case, group), options.most_seconds)
+            if reason is None and group == "select":
+                reason = gpu_kernels.why_not_cuda("row_topk", made[0])
             if reason is None and group == "update" and not trained:
                 reason = "the optimizer's state does not fit"
             if reason is not None:
@@ -286,7 +309,7 @@ class Bench:
 
     def steps(self, piece: Piece, entry: dict[str, Any]) -> None:
         """Full steps."""
-        absent = {name: reason for name in piece.what if (reason := gpu_steps.absent(name)) is not None}
+        absent = {name: reason for name in piece.what if (reason := gpu_steps.absent(name, self.device)) is not None}
         entry["skipped"] |= absent
         made = gpu_kernels.batches(piece.case, self.device, self.options.seed)
         measured, failed = gpu_steps.measure(
@@ -375,9 +398,12 @@ def slug(name: str) -> str:
 
 def failed(result: dict[str, Any]) -> bool:
     """Whether a check of a record failed."""
-    backend = result["checks"]["backend"]
-    own = "error" in backend or any(not entry["passed"] for entry in backend.get("results", []))
-    return own or any(not entry["passed"] for entry in result["checks"]["entries"])
+    own = any(
+        "error" in found or any(not entry["passed"] for entry in found.get("results", []))
+        for found in result["checks"]["backends"].values()
+    )
+    tools = any(found.get("passed") is False for found in result["tools"].values())
+    return own or tools or any(not entry["passed"] for entry in result["checks"]["entries"])
 
 
 def parse(arguments: list[str] | None = None) -> Options:

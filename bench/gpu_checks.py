@@ -8,7 +8,6 @@ the seed is drawn anew for every run of the command, and recorded.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sparsekern as sk
-from sparsekern.backends import reference
-from sparsekern.bench.gpu_kernels import batches, environment, one_line, release, served
+from sparsekern.backends import check, cuda, reference, triton
+from sparsekern.bench.gpu_kernels import FORCED, batches, environment, one_line, release, served, why_not_cuda
 from sparsekern.bench.options import Case
 from sparsekern.modules.activations import Activation
 from sparsekern.ops._sparse_decode import _gather_dot, _scatter_outer
@@ -49,49 +48,72 @@ class Check(NamedTuple):
         return self.error <= self.bound and self.repeatable and self.wrong == 0
 
 
-def of_backend(device: torch.device) -> dict[str, Any]:
-    """What the backend's own check says about this device; ``missing`` where there is none."""
-    if device.type != "cuda":
-        return {"missing": "it checks kernels of GPUs"}
-    try:
-        check = importlib.import_module("sparsekern.backends.triton.check")
-    except ImportError as error:
-        return {"missing": one_line(error)}
-    try:
-        return {"results": [result._asdict() for result in check.run(device)]}
-    except Exception as error:
-        return {"error": one_line(error)}
+def of_backends(device: torch.device) -> dict[str, dict[str, Any]]:
+    """What each GPU backend's own checks say about this device; ``missing`` where there are none."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, engine in (("triton", triton), ("cuda", cuda)):
+        reason = engine.missing(device) if device.type == "cuda" else "they check kernels of GPUs"
+        if reason is not None:
+            found[name] = {"missing": reason}
+            continue
+        try:
+            found[name] = {"results": [result._asdict() for result in check.run(engine, device)]}
+        except Exception as error:
+            found[name] = {"error": one_line(error)}
+    return found
 
 
 def of_case(case: Case, device: torch.device, seed: int, *, steps: bool) -> Iterator[dict[str, Any]]:
-    """All checks at one shape, as entries of the record; one that raises is an entry too."""
+    """All checks at one shape, as entries of the record; one that raises is an entry too.
+
+    Everything by the backends that serve; then what the CUDA C++ kernels can serve, by these.
+    """
     torch.manual_seed(seed)
     for dtype in (torch.float32, torch.bfloat16):
         problem = Problem(case, device, dtype, seed)
-        for screen in ["auto", *served(problem.weight)[0]]:
-            yield _entry(case, f"topk_encode, {screen}", dtype, lambda s=screen, p=problem: encode(p, s))  # type: ignore[misc]
-        yield _entry(case, "topk_encode, absolute", dtype, lambda p=problem: encode(p, "auto", absolute=True))  # type: ignore[misc]
-        if case.d_sae % case.k == 0:
-            yield _entry(case, f"best of {case.k} groups", dtype, lambda p=problem: best_of_groups(p))  # type: ignore[misc]
-        for n_experts, n_active in ROUTINGS:
-            if case.d_sae % n_experts == 0 and case.k <= case.d_sae // n_experts:
-                name = f"routed_topk_encode, {n_active} of {n_experts} experts"
-                yield _entry(case, name, dtype, lambda e=n_experts, a=n_active, p=problem: routed(p, e, a))  # type: ignore[misc]
-        for name, check in PRODUCTS.items():
-            yield _entry(case, name, dtype, lambda c=check, p=problem: c(p))  # type: ignore[misc]
+        for forced in (False, True):
+            if not forced or why_not_cuda("topk_encode", problem.weight) is None:
+                for name, run in _encoders(problem, forced):
+                    yield _entry(case, name, dtype, run, forced)
+        if why_not_cuda("row_topk", problem.weight) is None:
+            yield _entry(case, "row_topk", dtype, lambda p=problem: selection(p), True)  # type: ignore[misc]
+        for name, compare in PRODUCTS.items():
+            yield _entry(case, name, dtype, lambda c=compare, p=problem: c(p))  # type: ignore[misc]
+        weight = problem.weight
         del problem
         release(device)
     if steps:
         for activation in (sk.TopK(case.k), sk.BatchTopK(case.k)):
             name = f"Trainer.step, {activation.name}, {STEPS} times"
-            yield _entry(case, name, torch.float32, lambda a=activation: train(case, device, seed, a))  # type: ignore[misc]
-            release(device)
+            for forced in (False, True):
+                if not forced or why_not_cuda("row_adam", weight.float()) is None:
+                    run = lambda a=activation: train(case, device, seed, a)  # type: ignore[misc] # noqa: E731
+                    yield _entry(case, name, torch.float32, run, forced)
+                    release(device)
 
 
-def _entry(case: Case, name: str, dtype: torch.dtype, run: Callable[[], Check]) -> dict[str, Any]:
+def _encoders(problem: Problem, forced: bool) -> Iterator[tuple[str, Callable[[], Check]]]:
+    """The checks of encoders by name."""
+    case = problem.case
+    with environment(FORCED if forced else {}):
+        screens = ["auto", *served(problem.weight)[0]]
+    for screen in screens:
+        yield f"topk_encode, {screen}", lambda s=screen: encode(problem, s)  # type: ignore[misc]
+    yield "topk_encode, absolute", lambda: encode(problem, "auto", absolute=True)
+    if case.d_sae % case.k == 0:
+        yield f"best of {case.k} groups", lambda: best_of_groups(problem)
+    for n_experts, n_active in ROUTINGS:
+        if case.d_sae % n_experts == 0 and case.k <= case.d_sae // n_experts:
+            name = f"routed_topk_encode, {n_active} of {n_experts} experts"
+            yield name, lambda e=n_experts, a=n_active: routed(problem, e, a)  # type: ignore[misc]
+
+
+def _entry(case: Case, name: str, dtype: torch.dtype, run: Callable[[], Check], forced: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
+    name = f"{name}, cuda" if forced else name
     try:
-        found = run()
+        with environment(FORCED if forced else {}):
+            found = run()
         entry = {**found._asdict(), "passed": found.passed}
     except Exception as error:
         entry = {"check": name, "dtype": _name(dtype), "passed": False, "raised": one_line(error)}
@@ -249,6 +271,15 @@ def routed(problem: Problem, n_experts: int, n_active: int) -> Check:
     )
 
 
+def selection(problem: Problem) -> Check:
+    """``row_topk`` on the scores of some rows: the same keys and places as a stable sort has."""
+    keys, k = problem.x[problem.rows] @ problem.weight.T, problem.case.k
+    (values, indices), same = problem.twice(lambda: cuda.row_topk(keys, k))
+    expected, order = keys.sort(dim=1, descending=True, stable=True)
+    wrong = int((indices != order[:, :k]).sum() + (values != expected[:, :k]).sum())
+    return Check("row_topk", _name(keys.dtype), 0.0, 0.0, same, wrong=wrong)
+
+
 def decode(problem: Problem) -> Check:
     """``sparse_decode`` on some rows."""
     codes, weight, rows = problem.codes, problem.weight, problem.rows
@@ -328,7 +359,7 @@ def train(case: Case, device: torch.device, seed: int, activation: Activation) -
 
     first = moved(torch.float32)
     same = all(torch.equal(a, b) for a, b in zip(first, moved(torch.float32), strict=True))
-    with environment("SPARSEKERN_BACKEND", "reference"):
+    with environment({"SPARSEKERN_BACKEND": "reference"}):
         exact = moved(torch.float64)
         bound = 4 * error(moved(torch.float32)) + SLACK
     return Check("Trainer.step", "float32", error(first), bound, same)

@@ -9,7 +9,11 @@ decode                ``torch.nn.functional.embedding_bag``
 backward              the backward pass of ``embedding_bag``
 update                torch on dense gradients that are there already: projection, clipping, fused Adam, unit norm
 routed                ``topk_encode`` over all latents
+select                ``torch.topk`` of scores that are there already; only of the CUDA C++ kernels
 ====================  ====================================================================================
+
+Each kernel names the backend that serves it. Where the CUDA C++ kernels can serve too, they are timed beside it, under
+the same name with ``cuda`` behind it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 import sparsekern as sk
-from sparsekern.backends import choose
+from sparsekern.backends import choose, cuda, updater
 from sparsekern.bench import memory, record, roofs
 from sparsekern.bench.contenders import Sparsekern
 from sparsekern.bench.options import Case
@@ -52,13 +56,14 @@ EXPERTS, ACTIVE = (8, 32, 128), (1, 2)
 class Kernel(NamedTuple):
     """What is timed, what it has to do, and the kernel of the same group that it is compared with.
 
-    `least` is the ratio to that one which the work leaves, where it is known.
+    `least` is the ratio to that one which the work leaves, where it is known. `backend` is who serves it.
     """
 
     call: Call
     work: Work
     against: str | None = None
     least: float | None = None
+    backend: str = "torch"
 
 
 def batches(case: Case, device: torch.device, seed: int) -> list[Tensor]:
@@ -146,17 +151,50 @@ def served(weight: Tensor) -> tuple[list[str], dict[str, str]]:
 
 
 @contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """With a variable of the environment at a value."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """With variables of the environment at some values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+FORCED = {"SPARSEKERN_BACKEND": "cuda"}
+
+
+def serving(op: str, tensor: Tensor, screen: str = "auto") -> str:
+    """Name of the backend that serves `op`."""
+    return choose(op, tensor, screen).__name__.rpartition(".")[2]
+
+
+def why_not_cuda(op: str, tensor: Tensor, screen: str = "auto") -> str | None:
+    """Why the CUDA C++ kernels cannot serve `op`; None where they can, though they may be off."""
+    with environment(FORCED):
+        return cuda.unavailable(op, tensor.device, tensor.dtype, screen)
+
+
+def by_cuda(call: Call) -> Call:
+    """The call as the CUDA C++ kernels serve it."""
+
+    def forced(turn: int) -> object:
+        with environment(FORCED):
+            return call(turn)
+
+    return forced
+
+
+def both(name: str, kernel: Kernel, op: str, tensor: Tensor, screen: str = "auto") -> dict[str, Kernel]:
+    """A kernel by whom it is served, and by the CUDA C++ kernels where they can serve it and do not."""
+    found = {name: kernel._replace(backend=serving(op, tensor, screen))}
+    if found[name].backend != "cuda" and why_not_cuda(op, tensor, screen) is None:
+        found[f"{name}, cuda"] = kernel._replace(call=by_cuda(kernel.call), backend="cuda")
+    return found
 
 
 def encode(subject: Subject) -> dict[str, Kernel]:
@@ -181,7 +219,7 @@ def encode(subject: Subject) -> dict[str, Kernel]:
 
     def on_path(path: str) -> Call:
         def call(turn: int) -> None:
-            with environment(PATH_VARIABLE, path):
+            with environment({PATH_VARIABLE: path}):
                 ours()(turn)
 
         return call
@@ -198,17 +236,21 @@ def encode(subject: Subject) -> dict[str, Kernel]:
         "matmul and torch.topk": Kernel(
             lambda turn: product(turn, lambda pre: pre.topk(k, sorted=False)), roofs.matmul(case), base
         ),
-        "topk_encode": Kernel(ours(), work, base),
-        "topk_encode, making the copy": Kernel(ours(fresh), work, base),
-        "topk_encode, bf16 weights": Kernel(in_half, roofs.encode(case, touched, weight_bytes=2), base),
-        "topk_encode, absolute": Kernel(by_size, work, base),
     }
-    if choose("topk_encode", weight).__name__.split(".")[2] == "triton":
-        found |= {f"topk_encode, {path}": Kernel(on_path(path), work, base) for path in PATHS}
+
+    def add(name: str, call: Call, work: Work = work, of: Tensor = weight, screen: str = "auto") -> None:
+        found.update(both(name, Kernel(call, work, base), "topk_encode", of, screen))
+
+    add("topk_encode", ours())
+    add("topk_encode, making the copy", ours(fresh))
+    add("topk_encode, bf16 weights", in_half, roofs.encode(case, touched, weight_bytes=2), half)
+    add("topk_encode, absolute", by_size)
+    if serving("topk_encode", weight) == "triton":
+        found |= {f"topk_encode, {path}": Kernel(on_path(path), work, base, backend="triton") for path in PATHS}
     for screen in served(weight)[0]:
         if screen != "none":  # in full float32: checked, not timed
-            by_screen = Kernel(ours(screen=screen), roofs.encode(case, touched, screen), base)
-            found[f"topk_encode, {screen} screen"] = by_screen
+            work = roofs.encode(case, touched, screen)
+            add(f"topk_encode, {screen} screen", ours(screen=screen), work, screen=screen)
     return found
 
 
@@ -229,7 +271,12 @@ def decode(subject: Subject) -> dict[str, Kernel]:
 
     return {
         "embedding_bag": Kernel(bag, work),
-        "sparse_decode": Kernel(lambda turn: sk.sparse_decode(subject.codes(turn), dec), work, "embedding_bag"),
+        "sparse_decode": Kernel(
+            lambda turn: sk.sparse_decode(subject.codes(turn), dec),
+            work,
+            "embedding_bag",
+            backend=serving("sparse_decode", dec),
+        ),
     }
 
 
@@ -237,7 +284,7 @@ def backward(subject: Subject) -> dict[str, Kernel]:
     """``gather_dot`` and ``scatter_outer``: the gradients of values and decoder."""
     case, dec = subject.case, subject.weights[2]
     gathered, scattered = roofs.products(case, subject.touched()), roofs.scatter(case)
-    both = Work(gathered.flops + scattered.flops, gathered.bytes + scattered.bytes, "fp32")
+    together = Work(gathered.flops + scattered.flops, gathered.bytes + scattered.bytes, "fp32")
     leaves, outs = [], []
     for turn in range(BATCHES):
         values, indices, _ = subject.codes(turn)
@@ -257,12 +304,15 @@ def backward(subject: Subject) -> dict[str, Kernel]:
         return _scatter_outer(codes.values, codes.indices, subject.grad(turn), case.d_sae)
 
     return {
-        "embedding_bag, backward": Kernel(bag, both),
+        "embedding_bag, backward": Kernel(bag, together),
         "gather_dot and scatter_outer": Kernel(
-            lambda turn: (gather(turn), scatter(turn)), both, "embedding_bag, backward"
+            lambda turn: (gather(turn), scatter(turn)),
+            together,
+            "embedding_bag, backward",
+            backend=serving("gather_dot", dec),
         ),
-        "gather_dot": Kernel(gather, gathered),
-        "scatter_outer": Kernel(scatter, scattered),
+        "gather_dot": Kernel(gather, gathered, backend=serving("gather_dot", dec)),
+        "scatter_outer": Kernel(scatter, scattered, backend=serving("scatter_outer", dec)),
     }
 
 
@@ -325,11 +375,17 @@ def update(subject: Subject) -> dict[str, Kernel]:
         dense.step()
         decoder.div_(decoder.norm(dim=1, keepdim=True))
 
-    return {
-        base: Kernel(by_torch, roofs.dense_adam(case)),
-        "gradients and Adam of both weights": Kernel(from_factors, roofs.update(case), base),
-        "gradients and Adam, codes in CSR form": Kernel(from_csr_factors, roofs.update(case), base),
-    }
+    engine, work = updater(sae.W_enc), roofs.update(case)
+    by = "torch" if engine is None else engine.__name__.rpartition(".")[2]
+    found = {base: Kernel(by_torch, roofs.dense_adam(case))}
+    for name, call in (
+        ("gradients and Adam of both weights", from_factors),
+        ("gradients and Adam, codes in CSR form", from_csr_factors),
+    ):
+        found[name] = Kernel(call, work, base, backend=by)
+        if by != "cuda" and why_not_cuda("row_adam", sae.W_enc) is None:
+            found[f"{name}, cuda"] = Kernel(by_cuda(call), work, base, backend="cuda")
+    return found
 
 
 def routed(subject: Subject) -> dict[str, Kernel]:
@@ -338,7 +394,13 @@ def routed(subject: Subject) -> dict[str, Kernel]:
     weight, bias, _ = subject.weights
     center = subject.sae.b_dec.detach()
     work = roofs.encode(case, subject.touched())
-    found = {base: Kernel(lambda turn: sk.topk_encode(subject.x(turn), weight, bias, k, center=center), work)}
+    found = {
+        base: Kernel(
+            lambda turn: sk.topk_encode(subject.x(turn), weight, bias, k, center=center),
+            work,
+            backend=serving("topk_encode", weight),
+        )
+    }
     for n_experts in EXPERTS:
         router = torch.randn(n_experts, case.d, device=weight.device)
         for n_active in ACTIVE:
@@ -353,32 +415,45 @@ def routed(subject: Subject) -> dict[str, Kernel]:
                 return sk.route(subject.x(turn), router, n_active, center=center)
 
             name = f"{n_active} of {n_experts} experts"
-            found[f"routed_topk_encode, {name}"] = Kernel(
-                encode_routed,
-                roofs.routed_encode(case, n_experts, n_active),
-                base,
-                roofs.least_routed_ratio(case, n_experts, n_active),
-            )
-            found[f"route, {name}"] = Kernel(route, roofs.route(case, n_experts))
+            least = roofs.least_routed_ratio(case, n_experts, n_active)
+            kernel = Kernel(encode_routed, roofs.routed_encode(case, n_experts, n_active), base, least)
+            found |= both(f"routed_topk_encode, {name}", kernel, "routed_topk_encode", weight)
+            found[f"route, {name}"] = Kernel(route, roofs.route(case, n_experts), backend=serving("route", weight))
     if case.d_sae % k == 0:
         groups = sk.GroupMax(k)
 
         def best_of_groups(turn: int) -> object:
             return groups.encode(subject.x(turn), weight, bias, center)
 
-        found[f"routed_topk_encode, best of {k} groups"] = Kernel(best_of_groups, work, base, 1.0)
+        kernel = Kernel(best_of_groups, work, base, 1.0)
+        found |= both(f"routed_topk_encode, best of {k} groups", kernel, "routed_topk_encode", weight)
+    return found
+
+
+def select(subject: Subject) -> dict[str, Kernel]:
+    """``row_topk`` of the CUDA C++ kernels on scores in bfloat16 and in float32."""
+    case, k = subject.case, subject.case.k
+    weight, rows = subject.weights[0], _block(case, subject.weights[0].device) // 2 or 1
+    scores = subject.x(0)[:rows].bfloat16() @ weight.bfloat16().T
+    found = {}
+    for keys in (scores, scores.float()):
+        name = str(keys.dtype).removeprefix("torch.")
+        work, base = roofs.select(case, rows, keys.element_size()), f"torch.topk, {name}"
+        found[base] = Kernel(lambda _, keys=keys: keys.topk(k), work)
+        call = lambda _, keys=keys: cuda.row_topk(keys, k)  # noqa: E731
+        found[f"row_topk, {name}"] = Kernel(call, work, base, backend="cuda")
     return found
 
 
 GROUPS: dict[str, Callable[[Subject], dict[str, Kernel]]] = {
-    group.__name__: group for group in (encode, decode, backward, update, routed)
+    group.__name__: group for group in (encode, decode, backward, update, routed, select)
 }
 
 
 def needs(case: Case, group: str) -> float:
     """Bytes, about, that a group takes beyond the weights and the optimizer's state."""
     weight, batch = 4 * case.d_sae * case.d, 4 * case.rows * case.d
-    weights = {"encode": 2, "decode": 0, "backward": 2, "update": 11, "routed": 1}[group]
+    weights = {"encode": 2, "decode": 0, "backward": 2, "update": 11, "routed": 1, "select": 1}[group]
     return weights * weight + 3 * batch + 2**28
 
 
@@ -418,6 +493,7 @@ def measure(
             continue
         work, floor = kernel.work, kernel.work.floor_ms(found)
         measured[name] = {
+            "backend": kernel.backend,
             "first_call_s": first,
             "host_ms": 1e3 * host,
             "memory_bytes": grown,

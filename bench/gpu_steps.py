@@ -5,24 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekern.backends import cuda
 from sparsekern.bench import memory, record
 from sparsekern.bench.contenders import ENTRIES, Contender
-from sparsekern.bench.gpu_kernels import BATCHES, WARM_UP_STEPS, one_line, release
+from sparsekern.bench.gpu_kernels import BATCHES, FORCED, WARM_UP_STEPS, environment, one_line, release
 from sparsekern.bench.options import Case
 from sparsekern.bench.timing import Call, Clock
 
-CONTENDERS = ("sparsekern", "sparsify", "torch", "torch-compile")
+CONTENDERS = ("sparsekern", "sparsekern-cuda", "sparsify", "torch", "torch-compile")
+RUN_BY = {**ENTRIES, "sparsekern-cuda": replace(ENTRIES["sparsekern"], environment=FORCED)}
+"""How each is run; sparsekern-cuda has the CUDA C++ kernels where there are any, and Triton's for the rest."""
 LR = 1e-4
 
 
-def absent(name: str) -> str | None:
+def absent(name: str, device: torch.device) -> str | None:
     """Why a contender cannot take part; None where it can."""
-    module = next(iter(ENTRIES[name].kind.imports), "torch").split(".")[0]
+    if name == "sparsekern-cuda":
+        return cuda.missing(device)
+    module = next(iter(RUN_BY[name].kind.imports), "torch").split(".")[0]
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
@@ -30,7 +36,8 @@ class Entrant:
     """One contender with its weights in memory, warmed up, and what that has shown."""
 
     def __init__(self, name: str, case: Case, made: list[Tensor], clock: Clock) -> None:
-        kind, device = ENTRIES[name].kind, clock.device
+        kind, device = RUN_BY[name].kind, clock.device
+        self.variables = RUN_BY[name].environment
         kind.load()
         before = memory.resident(device)
         self.batches = made
@@ -51,7 +58,8 @@ class Entrant:
 
     def step(self, turn: int) -> Tensor:
         """A step on the batch of the turn."""
-        self.loss = self.contender.step(self.batches[turn % BATCHES])
+        with environment(self.variables):
+            self.loss = self.contender.step(self.batches[turn % BATCHES])
         return self.loss
 
 

@@ -119,6 +119,7 @@ def kernels(case: Record) -> Grid:
         rows.append(
             [
                 name,
+                found["backend"],
                 spread(found["ms"], 3),
                 bold(f"{over['median']:.2f}", ahead) if over else "–",
                 "–" if floor is None else f"{floor:.3f}",
@@ -133,6 +134,7 @@ def kernels(case: Record) -> Grid:
         )
     header = [
         "",
+        "by",
         "ms",
         "÷ baseline",
         "floor, ms",
@@ -210,14 +212,22 @@ def checks(record: Record) -> Grid:
                 {True: "yes", False: "**no**"}.get(entry.get("repeatable"), "–"),
             ]
         )
-    for entry in record["checks"]["backend"].get("results", []):
-        passed = bold("passed" if entry["passed"] else "FAILED", not entry["passed"])
-        error, bound = f"{entry['error']:.1e}", f"{entry['bound']:.1e}"
-        rows.append(
-            [f"{entry['kernel']}, {entry['dtype']} (the backend's own)", "–", passed, error, bound, "–", "–", "–"]
-        )
+    for name, backend in record["checks"]["backends"].items():
+        for entry in backend.get("results", []):
+            passed = bold("passed" if entry["passed"] else "FAILED", not entry["passed"])
+            error, bound = f"{entry['error']:.1e}", f"{entry['bound']:.1e}"
+            own = f"{entry['kernel']}, {entry['dtype']} ({name}'s own)"
+            rows.append([own, "–", passed, error, bound, "–", "–", "–"])
     header = ["", "shape", "", "error", "bound", "recall", "wrong", "repeatable"]
     return Grid("against the reference backend in float64", header, rows)
+
+
+def profile(record: Record) -> Grid:
+    """What Nsight Compute counted."""
+    figures = record["tools"].get("ncu", {}).get("kernels", [])
+    names = list(dict.fromkeys(name for found in figures for name in found if name != "kernel"))
+    rows = [[found["kernel"], *(f"{found[name]:.4g}" if name in found else "–" for name in names)] for found in figures]
+    return Grid("CUDA C++ kernels by Nsight Compute", ["", *names], rows)
 
 
 def ceilings(record: Record) -> Grid:
@@ -234,14 +244,19 @@ def tables(record: Record) -> list[Grid]:
     grids = [targets(record), ceilings(record)]
     for case in record["cases"]:
         grids += [kernels(case), routed(case), steps(case)]
-    return [grid for grid in [*grids, checks(record)] if grid.rows]
+    return [grid for grid in [*grids, profile(record), checks(record)] if grid.rows]
 
 
 def missing(record: Record) -> list[str]:
     """One line for everything that was left out or failed, and for a run that was cut short."""
-    backend = record["checks"]["backend"]
-    lines = [f"the backend's own check: {word}, {backend[word]}" for word in ("missing", "error") if word in backend]
+    lines = [
+        f"{name}'s own checks: {word}, {backend[word]}"
+        for name, backend in record["checks"]["backends"].items()
+        for word in ("missing", "error")
+        if word in backend
+    ]
     lines += [f"checks at {name}: left out, {reason}" for name, reason in record["checks"]["skipped"].items()]
+    lines += [f"{name}: {tool_line(found)}" for name, found in record["tools"].items()]
     for case in record["cases"]:
         lines += [f"{name} at {title(case)}: left out, {reason}" for name, reason in case["skipped"].items()]
         lines += [f"at {title(case)}: {line}" for line in failures(case)]
@@ -261,7 +276,10 @@ def markdown(record: Record) -> str:
         where += f", capability {record['capability']}, driver {record['driver']}"
     else:
         where = f"**A rehearsal on a CPU: no figure of a GPU, and none to compare.** {where}"
-    parts = [f"{where}. {versions}. {record['seconds']:.0f} s in all. Shapes are B, d, N, k."]
+    parts = [
+        f"{where}. {versions}. {record['seconds']:.0f} s in all. CUDA C++ kernels: "
+        f"{record['cuda_kernels']}. Shapes are B, d, N, k."
+    ]
     for grid in tables(record):
         lines = [grid.header, ["---"] * len(grid.header), *grid.rows]
         parts.append(f"**{grid.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -271,6 +289,14 @@ def markdown(record: Record) -> str:
 
 
 # Single lines, for the terminal.
+
+
+def tool_line(found: Record) -> str:
+    """What a tool has shown."""
+    if "missing" in found:
+        return f"left out, {found['missing']}"
+    verdict = {True: "nothing found", False: "FAILED", None: "done"}[found.get("passed")]
+    return f"{verdict}, {found['seconds']:.0f} s{''.join(f'; {line}' for line in found['lines'])}"
 
 
 def check_line(entry: Record) -> str:

@@ -230,7 +230,7 @@ def launches(shape: Shape, arch: int) -> list[Any]:
             factors = triton.SortedFactors(parts, n)
             clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
             dtypes = (encode.SCREEN_DTYPE, torch.bfloat16, torch.float8_e4m3fn)[: 2 + (arch >= 89)]
-            copies = [encode.Quantized(weight, dtype) for dtype in dtypes]
+            copies = [encode.Quantized(weight, encode.cast_rows(weight, dtype)) for dtype in dtypes]
             for unit_rows, copy in ((True, None), *((False, copy) for copy in copies)):
                 state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}

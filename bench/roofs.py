@@ -48,6 +48,12 @@ def encode(case: Case, touched: int, screen: str = "bf16", weight_bytes: int = 4
     return Work(2 * b * n * d, screen_bytes * n * d + rescored + weight_bytes * b * d + 8 * b * k, unit)
 
 
+def select(case: Case, rows: int, key_bytes: int) -> Work:
+    """The k largest of every row of scores that are there already: each of them is read once."""
+    _, _, n, k = _sizes(case)
+    return Work(0, rows * (key_bytes * n + (key_bytes + 4) * k), "fp32")
+
+
 BALANCE = 267
 """Tokens for which a latent's row has to be used before the tensor cores, and no longer the memory that it comes from,
 set the time of a matmul: those of 800 TFLOP/s in bfloat16 beside 3 TB/s."""

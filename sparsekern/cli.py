@@ -571,7 +571,7 @@ def _study(written: list[Path]) -> None:
 @app.command()
 def doctor() -> None:
     """Show what would run here for each op, and why the other backends would not; check the GPU's kernels."""
-    from sparsekern.backends import cpu
+    from sparsekern.backends import cpu, cuda
 
     for name, version in versions().items():
         out.print(f"{name} {version}", highlight=False)
@@ -584,6 +584,7 @@ def doctor() -> None:
         for info in sk.backends(device):
             table.add_row(info.op, info.device, info.backend, "✓" if info.chosen else "", info.reason)
     out.print(table)
+    out.print(f"CUDA C++ kernels: {cuda.summary()}", highlight=False)
     if len(devices) == 1:
         out.print("no CUDA device", highlight=False)
     elif not _check_gpus():
@@ -591,24 +592,28 @@ def doctor() -> None:
 
 
 def _check_gpus() -> bool:
-    """Run and print every check of the Triton kernels; whether all passed."""
-    if importlib.util.find_spec("triton") is None:
-        out.print("triton is not installed: the reference serves CUDA tensors. pip install triton", highlight=False)
-        return False
-    from sparsekern.backends.triton import check
+    """Run and print every check of the kernels; whether all passed of those that are used."""
+    from sparsekern.backends import check, cuda, forced, triton
 
     passed = True
-    for index in range(torch.cuda.device_count()):
-        with out.status(f"checking the kernels on cuda:{index}"):
-            results = check.run(torch.device("cuda", index))
-        title = f"Kernels on cuda:{index}, {torch.cuda.get_device_name(index)}"
-        table = Table("op", "dtype", "", "error", "at most", "seconds", "", title=title, title_justify="left")
-        for result in results:
-            numbers = (f"{number:.1e}" for number in (result.error, result.bound))
-            mark = "✓" if result.passed else "[red]failed[/]"
-            table.add_row(result.kernel, result.dtype, mark, *numbers, f"{result.seconds:.1f}", result.note)
-            passed = passed and result.passed
-        out.print(table)
+    for device in (torch.device("cuda", index) for index in range(torch.cuda.device_count())):
+        for name, engine in (("triton", triton), ("cuda", cuda)):
+            used = name == "triton" or forced() == name
+            reason = engine.missing(device)
+            if reason is not None:
+                out.print(f"{name} kernels on {device}: {reason}", highlight=False)
+                passed = passed and not used
+                continue
+            with out.status(f"checking the {name} kernels on {device}"):
+                results = check.run(engine, device)
+            title = f"{name} kernels on {device}, {torch.cuda.get_device_name(device)}"
+            table = Table("op", "dtype", "", "error", "at most", "seconds", "", title=title, title_justify="left")
+            for result in results:
+                numbers = (f"{number:.1e}" for number in (result.error, result.bound))
+                mark = "✓" if result.passed else "[red]failed[/]"
+                table.add_row(result.kernel, result.dtype, mark, *numbers, f"{result.seconds:.1f}", result.note)
+                passed = passed and (result.passed or not used)
+            out.print(table)
     return passed
 
 

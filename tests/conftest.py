@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 
@@ -74,6 +75,17 @@ def interruptible():
         return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """The command of the C++ compiler."""
+    command = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
+    if shutil.which(command[0]) is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have a C++ compiler")
+        pytest.skip(f"no C++ compiler: {command[0]} is not on the PATH (set CXX)")
+    return command
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +66,7 @@ def test_import_needs_only_torch_numpy_and_safetensors():
 def copy_source(folder):
     """What git would have, without built files. Its kernels are not optimized: that halves the time they take."""
     folder.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "sparsekern", "analysis", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -91,11 +94,15 @@ def clean_python(tmp_path):
     return interpreter
 
 
+# What the kernels of a GPU have to do with packaging has tests of its own: they take long to compile.
+NO_CUDA = {"SPARSEKERN_BUILD_CUDA": "0"}
+
+
 def install(interpreter, what, *options, **environment):
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", "--no-deps"]
     done = subprocess.run(
         [*pip, "--no-build-isolation", "--ignore-installed", *options, str(what)],
-        env=os.environ | environment,
+        env=os.environ | NO_CUDA | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -123,7 +130,7 @@ def use(interpreter, cwd):
 @pytest.mark.slow
 def test_wheel(source, clean_python, tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run([*pip, str(source)], check=True, capture_output=True)
+    subprocess.run([*pip, str(source)], env=os.environ | NO_CUDA, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"sparsekern/analysis/latents.py", "sparsekern/bench/worker.py"} <= set(names)
@@ -155,28 +162,150 @@ def test_without_a_compiler_it_installs_works_and_says_so_once(clean_python, tmp
     assert warnings.count("kernels are not built") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_cuda_sources_are_built_where_nvcc_is_and_only_there(source, tmp_path):
-    """With a stand-in source, until csrc/cuda has its own."""
+def test_the_source_distribution_has_all_that_is_compiled(source, tmp_path):
+    """Also the CUDA kernels, though it is made where there is no nvcc."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, env=os.environ | NO_CUDA, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = {path.relative_to(source).as_posix() for path in source.glob("csrc/**/*") if path.is_file()}
+    wanted = {name for name in wanted if "__pycache__" not in name}
+    assert {"csrc/nvcc.py", "csrc/cpu/largest.h", "setup.py"} <= wanted | names
+    assert wanted <= names
+
+
+# A compiler that compiles nothing: what it was asked is in its log. It fails where a source has "broken" in it, warns
+# where it has "spills", and its products are empty.
+FAKE_NVCC = """#!/bin/sh
+case "$*" in *--version*) echo "release 13.0"; exit 0;; esac
+echo "$*" >> "$(dirname "$0")/log"
+while [ $# -gt 0 ]; do
+    case "$1" in -o) shift; out="$1";; -c) shift; from="$1";; esac
+    shift
+done
+if [ -n "$from" ] && grep -q broken "$from"; then echo "$from(1): error: broken"; exit 2; fi
+if [ -n "$from" ] && grep -q spills "$from"; then
+    echo "ptxas warning : Registers are spilled to local memory in function 'f'"
+fi
+if [ -n "$from" ]; then echo "ptxas info    : Used 32 registers"; fi
+: > "$out"
+"""
+
+
+@pytest.fixture
+def cuda_build(source, tmp_path):
+    """A function that builds two CUDA sources with the compiler above: the run, and the sources that it compiled."""
     folder = tmp_path / "copy"
     shutil.copytree(source, folder)
-    (folder / "csrc" / "cuda").mkdir(exist_ok=True)
-    (folder / "csrc" / "cuda" / "stand_in.cu").write_text(
-        "#include <pybind11/pybind11.h>\n"
-        "__global__ void nothing() {}\n"
-        'PYBIND11_MODULE(_cuda, m) { m.def("answer", [] { return 42; }); }\n'
-    )
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
-    # The CPU's kernels are not at issue; nvcc finds its own compiler.
-    base = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    off = base | {"SPARSEKERN_BUILD_CUDA": "0"}
-    subprocess.run(build, cwd=folder, env=off, check=True, capture_output=True)
-    assert not list((folder / "out").rglob("_cuda*"))
-    on = base | {"SPARSEKERN_BUILD_CUDA": "1", "SPARSEKERN_CUDA_ARCHS": "90a"}
-    subprocess.run(build, cwd=folder, env=on, check=True, capture_output=True)
-    assert list((folder / "out").rglob("_cuda*"))
-    missing = on | {"CUDA_HOME": str(tmp_path)}
-    failed = subprocess.run(build, cwd=folder, env=missing, check=False, capture_output=True, text=True)
+    shutil.rmtree(folder / "csrc" / "cuda", ignore_errors=True)
+    (folder / "csrc" / "cuda").mkdir()
+    for name in ("bindings.cu", "kernel.cu", "kernel.h"):
+        (folder / "csrc" / "cuda" / name).write_text(f"// {name}\n")
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(FAKE_NVCC)
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    log = compiler.parent / "log"
+
+    def build(**environment):
+        log.write_text("")
+        # The CPU's kernels are not at issue.
+        base = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "CUDA_HOME": str(tmp_path / "cuda")}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("SPARSEKERN_")}
+        done = subprocess.run(
+            command, cwd=folder, env=variables | base | environment, capture_output=True, text=True, check=False
+        )
+        calls = [line.split() for line in log.read_text().splitlines()]
+        compiled = sorted(Path(call[call.index("-c") + 1]).name for call in calls if "-c" in call)
+        built = bool(list((folder / "out").rglob("_cuda*")))
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        return done, compiled, built, calls
+
+    build.folder = folder / "csrc" / "cuda"
+    return build
+
+
+def test_cuda_sources_are_compiled_one_by_one_and_only_when_they_change(cuda_build, tmp_path):
+    both = ["bindings.cu", "kernel.cu"]
+    done, compiled, built, calls = cuda_build()
+    assert (done.returncode, compiled, built) == (0, both, True), done.stderr
+    (of_kernel,) = (call for call in calls if any(word.endswith("kernel.cu") for word in call))
+    assert {f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")} <= set(of_kernel)
+    assert "-cudart=static" in calls[-1]
+    assert cuda_build()[1:3] == ([], True)  # linked anew, from the objects that are there
+    shutil.copytree(Path(pybind11.__file__).parent, tmp_path / "elsewhere" / "pybind11")
+    assert cuda_build(PYTHONPATH=str(tmp_path / "elsewhere"))[1:3] == ([], True)  # as pip's builds have it
+    (cuda_build.folder / "kernel.cu").write_text("// another\n")
+    assert cuda_build()[1:3] == (["kernel.cu"], True)
+    (cuda_build.folder / "kernel.h").write_text("// another\n")
+    assert cuda_build()[1:3] == (both, True)
+    done, compiled, _, calls = cuda_build(SPARSEKERN_CUDA_ARCHS="89")
+    assert compiled == both
+    assert not any("sm_90a" in word for call in calls for word in call)
+
+
+def test_a_failed_cuda_build_leaves_the_rest_unless_it_was_asked_for(cuda_build):
+    (cuda_build.folder / "kernel.cu").write_text("broken\n")
+    done, _, built, _ = cuda_build()
+    assert (done.returncode, built) == (0, False)
+    assert "the CUDA kernels could not be built and are left out" in done.stderr
+    assert "kernel.cu(1): error: broken" in done.stdout
+    done, _, built, _ = cuda_build(SPARSEKERN_BUILD_CUDA="1")
+    assert (done.returncode != 0, built) == (True, False)
+    assert "SPARSEKERN_BUILD_CUDA=1 but the CUDA kernels could not be built" in done.stderr
+    (cuda_build.folder / "kernel.cu").write_text("// mended\n")
+    assert cuda_build()[1:3] == (["kernel.cu"], True)
+
+
+def test_warnings_of_the_cuda_compiler_are_shown_also_from_objects_that_are_there(cuda_build):
+    (cuda_build.folder / "kernel.cu").write_text("// spills\n")
+    for _ in range(2):
+        done, _, built, _ = cuda_build()
+        assert built
+        assert "kernel.cu: ptxas warning : Registers are spilled" in done.stdout
+        assert "ptxas info" not in done.stdout
+
+
+def test_whether_cuda_kernels_are_built_is_a_choice(cuda_build, tmp_path):
+    assert cuda_build(SPARSEKERN_BUILD_CUDA="0")[1:3] == ([], False)
+    done, _, built, _ = cuda_build(CUDA_HOME=str(tmp_path / "nowhere"))
+    assert (done.returncode, built) == (0, False)
+    failed = cuda_build(CUDA_HOME=str(tmp_path / "nowhere"), SPARSEKERN_BUILD_CUDA="1")[0]
     assert failed.returncode != 0
     assert "SPARSEKERN_BUILD_CUDA=1 but nvcc" in failed.stderr
+    failed = cuda_build(SPARSEKERN_BUILD_CUDA="yes")[0]
+    assert "SPARSEKERN_BUILD_CUDA=yes: must be 0, 1 or auto" in failed.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_module_by_the_real_compiler_loads_without_a_driver(cuda_build):
+    """A small one: the kernels themselves are compiled when the package is installed."""
+    (cuda_build.folder / "kernel.cu").write_text(
+        "__global__ void nothing() {}\n"
+        "int answer() { cudaFuncAttributes a; (void)cudaFuncGetAttributes(&a, nothing); return 42; }\n"
+    )
+    (cuda_build.folder / "bindings.cu").write_text(
+        "#include <Python.h>\n"
+        "#define TEXT(...) #__VA_ARGS__\n"
+        "#define EXPANDED(...) TEXT(__VA_ARGS__)\n"
+        "int answer();\n"
+        'static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};\n'
+        "PyMODINIT_FUNC PyInit__cuda() {\n"
+        "    PyObject* module = PyModule_Create(&def);\n"
+        '    PyModule_AddIntConstant(module, "answer", answer());\n'
+        '    PyModule_AddStringConstant(module, "archs", EXPANDED(SPARSEKERN_CUDA_ARCHS));\n'
+        "    return module;\n"
+        "}\n"
+    )
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
+    variables = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler", "SPARSEKERN_BUILD_CUDA": "1"}
+    folder = cuda_build.folder.parents[1]
+    subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True)
+    (built,) = (folder / "out").rglob("_cuda*")
+    load = (
+        "import importlib.util as u; s = u.spec_from_file_location('_cuda', {!r}); m = u.module_from_spec(s); "
+        "s.loader.exec_module(m); print(m.answer, m.archs)"
+    )
+    assert python("-c", load.format(str(built))).strip() == "42 80,90a"

@@ -38,11 +38,12 @@ float32 or float64, of any sign
 
 and ``unavailable(op, device, dtype, screen) -> str | None``: why it cannot serve such a call, or None when it can.
 :mod:`~sparsekern.backends.reference` serves everything and is the specification of the others.
-:mod:`~sparsekern.backends.cpu` and :mod:`~sparsekern.backends.triton` also have the update of the weights,
-``row_adam``, which :mod:`sparsekern.optim` calls.
+:mod:`~sparsekern.backends.cpu`, :mod:`~sparsekern.backends.triton` and :mod:`~sparsekern.backends.cuda` also have the
+update of the weights, ``row_adam``, which :mod:`sparsekern.optim` calls.
 
 The choice follows the device and dtype of the tensors. ``SPARSEKERN_BACKEND=<name>`` forces one backend, and a call
-that it cannot serve then fails instead of falling back.
+that it cannot serve then fails instead of falling back. A backend that is to have only some of the ops names, in
+``stand_in(op, device)``, who serves the others where it is forced: ``cuda``, which is used in no other way yet.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.backends import cpu, reference, triton
+from sparsekern.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 """By name, in order of preference."""
 
 OPS = (
@@ -100,6 +101,13 @@ def forced() -> str | None:
     return name
 
 
+def _forced_for(op: str, device: torch.device) -> str | None:
+    """The only backend that may serve `op`, or None: the forced one, or who stands in for what it does not have."""
+    name = forced()
+    stand_in = getattr(BACKENDS[name], "stand_in", None) if name else None
+    return (stand_in and stand_in(op, device)) or name
+
+
 def choose(op: str, tensor: Tensor, screen: str = "auto") -> ModuleType:
     """The backend that serves `op` for tensors like `tensor`.
 
@@ -109,11 +117,12 @@ def choose(op: str, tensor: Tensor, screen: str = "auto") -> ModuleType:
         If the forced backend cannot serve the call, or no backend offers the asked `screen`.
     """
     device, dtype = tensor.device, tensor.dtype
-    name = forced()
+    name = _forced_for(op, device)
     if name is not None:
         reason = BACKENDS[name].unavailable(op, device, dtype, screen)
         if reason is not None:
-            raise ValueError(f"SPARSEKERN_BACKEND={name} cannot serve {op} on {device.type} {dtype}: {reason}")
+            who = "" if name == forced() else f", where {name} stands in"
+            raise ValueError(f"SPARSEKERN_BACKEND={forced()} cannot serve {op} on {device.type} {dtype}{who}: {reason}")
         return BACKENDS[name]
     reasons = {}
     for name, backend in BACKENDS.items():
@@ -161,10 +170,10 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for op in OPS:
-        taken = False
+        taken, only = False, _forced_for(op, device)
         for name, backend in BACKENDS.items():
             reason = backend.unavailable(op, device, dtype, "auto")
-            if forced() not in (None, name):
+            if only not in (None, name) and (name != forced() or reason is None):
                 reason = f"SPARSEKERN_BACKEND={forced()}"
             chosen = reason is None and not taken
             rows.append(BackendInfo(op, name, device.type, chosen, reason or ("chosen" if chosen else "not needed")))

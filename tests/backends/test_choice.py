@@ -41,7 +41,7 @@ def test_a_forced_backend_fails_loudly(monkeypatch):
     with pytest.raises(ValueError, match="SPARSEKERN_BACKEND=cpu cannot serve sparse_decode on meta"):
         choose("sparse_decode", torch.ones(1, device="meta"))
     monkeypatch.setenv("SPARSEKERN_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND='tpu': must be one of triton, cpu, reference"):
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND='tpu': must be one of cuda, triton, cpu, reference"):
         choose("sparse_decode", torch.ones(1))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.backends import check, cuda, triton
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -18,8 +19,22 @@ def run_step(device):
     return sae, stats, sae.encode(x.to(device))
 
 
-def test_training_agrees_with_the_cpu_and_repeats_itself():
-    here, stats_here, codes_here = run_step("cpu")
+@pytest.fixture(params=["triton", "cuda"])
+def engine(request, monkeypatch):
+    """Each backend of a GPU, chosen as it has to be."""
+    found = {"triton": triton, "cuda": cuda}[request.param]
+    reason = found.missing(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+    if found is cuda:
+        monkeypatch.setenv("SPARSEKERN_BACKEND", "cuda")
+    return found
+
+
+def test_training_agrees_with_the_cpu_and_repeats_itself(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delenv("SPARSEKERN_BACKEND", raising=False)
+        here, stats_here, codes_here = run_step("cpu")
     there, stats_there, codes_there = run_step("cuda")
     again, _, _ = run_step("cuda")
     for a, b in zip(stats_here, stats_there, strict=True):
@@ -61,6 +76,7 @@ def test_a_recorded_step_equals_one_that_is_launched():
         torch.testing.assert_close(tensor, state[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_does_not_wait_for_the_device(cuda_graph):
     x = torch.randn(300, 48, device="cuda")
@@ -74,8 +90,5 @@ def test_a_step_does_not_wait_for_the_device(cuda_graph):
     assert stats.to_floats()["skipped"] == 0
 
 
-def test_every_check_of_the_kernels_passes():
-    pytest.importorskip("triton")
-    from sparsekern.backends.triton import check
-
-    assert [result for result in check.run("cuda") if not result.passed] == []
+def test_every_check_of_the_kernels_passes(engine):
+    assert [result for result in check.run(engine, "cuda") if not result.passed] == []

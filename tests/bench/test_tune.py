@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from sparsekern.backends.cuda import encode as cuda_encode
 from sparsekern.backends.triton import encode, plans
 from sparsekern.bench import tune
 from sparsekern.bench.timing import Clock
@@ -32,3 +33,19 @@ def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
         tune.main([])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_clusters_are_timed_beside_triton(monkeypatch):
+    """Each with its number of blocks, which is what it was before at the end. The kernels are stand-ins here."""
+    seen = []
+    monkeypatch.setattr(cuda_encode, "CLUSTER", 2)
+    monkeypatch.setattr(cuda_encode, "screen_operands", lambda x, *arguments: x)
+    monkeypatch.setattr(encode, "screen_operands", lambda x, *arguments: x)
+    monkeypatch.setattr(cuda_encode, "screen_keys", lambda *arguments: seen.append(cuda_encode.CLUSTER))
+    monkeypatch.setattr(encode, "screen_keys", lambda *arguments: seen.append("triton"))
+    times, left_out = tune.measure_clusters(Clock(torch.device("cpu")), (8, 64, 20_000, 2), "fp16", 1.0)
+    assert list(times) == ["clusters of 1", "clusters of 2", "clusters of 4", "triton", "matmul"]
+    assert seen[:4] == [1, 2, 4, "triton"]
+    assert left_out == {}
+    assert cuda_encode.CLUSTER == 2

@@ -15,8 +15,10 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -70,6 +72,28 @@ inline std::vector<Test>& tests() {
     [[maybe_unused]] static const bool registered_##name =                                             \
         (::sparsekern::test::tests().push_back({#name, test_##name}), true);                           \
     static void test_##name()
+
+// Runs every test, or those named on the command line; what main() returns.
+inline int run_tests(int argc, char** argv) {
+    int ran = 0;
+    for (const Test& test : tests()) {
+        if (argc > 1 && std::none_of(argv + 1, argv + argc, [&](std::string name) { return name == test.name; }))
+            continue;
+        ++ran;
+        const auto start = std::chrono::steady_clock::now();
+        try {
+            test.run();
+        } catch (const std::exception& error) {
+            std::printf("%s FAILED\n%s\n", test.name, error.what());
+            return 1;
+        }
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        std::printf("%s passed (%.1f s)\n", test.name, seconds.count());
+        std::fflush(stdout);  // before what a sanitizer may write
+    }
+    if (ran == 0) std::printf("no test has such a name\n");
+    return ran == 0;
+}
 
 // `size` elements on the heap and not one more, so that AddressSanitizer sees an access beyond either end. They start
 // as NaN (the largest value of an integer type), so that what a kernel does not write shows. A buffer of none is a null

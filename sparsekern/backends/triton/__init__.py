@@ -1,8 +1,8 @@
 """Triton kernels for CUDA tensors, sm_80 and newer: float32, bfloat16 and float16.
 
 The kernels are loaded when the first call is served, so that ``import sparsekern`` does not import Triton. The first
-call of an op on a device with a dtype checks its kernels there (:mod:`.check`); where they disagree with the
-reference, that serves.
+call of an op on a device with a dtype checks its kernels there (:mod:`sparsekern.backends.check`); where they disagree
+with the reference, that serves.
 
 With ``TRITON_INTERPRET=1`` and ``SPARSEKERN_BACKEND=triton`` the kernels run in Triton's interpreter, on CPU tensors.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +41,13 @@ _MODULES = {
     "SortedFactors": "adam",
     "clip_factor": "adam",
     "row_adam": "adam",
+    "encode_plan": "plans",
+    "routed_plan": "plans",
 }
 """Where each function is."""
+
+ENCODE_PATHS = ("fused", "chunked")
+"""The ways of :func:`topk_encode`, to be checked each."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WHOLE_NUMBERS = ("group_slots", "bit_distances", "bit_neighbors", "cooccurrence")  # checked once, for no dtype
@@ -63,18 +70,18 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype, screen: str) 
         dtype = torch.float32
     if dtype not in _DTYPES:
         return f"serves float32, bfloat16 and float16, not {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "not built (triton is not installed: pip install triton)"
-    reason = _no_screen(op, device, dtype, screen)
+    reason = missing(device) or _no_screen(op, device, dtype, screen)
     if reason is None and device.type == "cuda":
-        from sparsekern.backends.triton import check
+        from sparsekern.backends import check
 
-        named = op in ("topk_encode", "routed_topk_encode") and screen in (
-            "bf16",
-            "fp8",
-        )  # these have checks of their own
-        reason = check.verdict(f"{op} {screen}" if named else op, dtype, device)
+        reason = check.verdict(sys.modules[__name__], check.name_of(op, screen), dtype, device)
     return reason
+
+
+def missing(device: torch.device) -> str | None:
+    """Why there are no kernels for any device; None where there are."""
+    installed = importlib.util.find_spec("triton") is not None
+    return None if installed else "not built (triton is not installed: pip install triton)"
 
 
 def _interpreted(device: torch.device) -> bool:
@@ -97,6 +104,15 @@ def _no_screen(op: str, device: torch.device, dtype: torch.dtype, screen: str) -
     if capability < _FOR_SCREEN[screen]:
         return f"{screen} screening needs compute capability 8.9, this device has {capability[0]}.{capability[1]}"
     return None
+
+
+def build() -> str:
+    """The compiler and the sources of the kernels: what the outcome of a check depends on, besides the device."""
+    import triton
+
+    from sparsekern.backends.check import digest
+
+    return f"triton {triton.__version__}; kernels {digest(Path(__file__).parent.glob('*.py'))}"
 
 
 def updates(weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.backends import reference
+from sparsekern.backends import reference, screening
 from sparsekern.backends.triton import encode as topk
 from sparsekern.backends.triton._launch import launch
 from sparsekern.backends.triton.plans import EncodePlan, encode_plan
@@ -128,7 +128,7 @@ def mark(
     rows, words = operand.shape[0], triton.cdiv(n, 32)
     marks = torch.empty(rows, words, dtype=torch.int32, device=x.device)
     counts = torch.zeros(rows, dtype=torch.int32, device=x.device)
-    width = max(256, topk.PANEL_BYTES // (rows * operand.element_size()) // 256 * 256)
+    width = max(256, screening.PANEL_BYTES // (rows * operand.element_size()) // 256 * 256)
     for first in range(0, n, width):
         panel = topk.panel_scores(operand, weights[first : first + width])
         launch(

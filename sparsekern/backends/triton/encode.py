@@ -23,24 +23,37 @@ its experts' latents are one row of buckets. See :mod:`.routing`.
 The certificate is the slack, a worst case by Cauchy–Schwarz from measured norms:
 ``|W·x − Ŵ·x̂| ≤ ‖W − Ŵ‖‖x‖ + ‖Ŵ‖‖x − x̂‖`` and the rounding of the sums. No latent that is not a candidate can be
 among the k largest, so the answer does not depend on the precision of the screen. Only fp8 uses a bound that is
-statistical; see :func:`_slack`.
+statistical; see :mod:`sparsekern.backends.screening`, where what is no kernel is, for other engines too.
 
 Nothing waits for the device: the number of candidates, and which tokens need repair, stay there.
 """
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.backends import reference
+from sparsekern.backends import reference, screening
+from sparsekern.backends.screening import (
+    LIMITS,
+    Cast,
+    Quantized,
+    Screened,
+    Slots,
+    as_it_is,
+    capability,
+    chunks,
+    copy_dtype,
+    current_copy,
+    last_encode,  # noqa: F401 - of this backend too
+    panel_scores,
+    register,
+    with_slack,
+)
 from sparsekern.backends.triton import plans
 from sparsekern.backends.triton._launch import launch
 from sparsekern.backends.triton.plans import SCREEN_DTYPE, EncodePlan, encode_plan
@@ -50,13 +63,6 @@ LOWEST = tl.constexpr(-3.0e38)
 HIGHEST = tl.constexpr(3.0e38)
 NOTHING = tl.constexpr(-(2**63))  # below every score packed with its latent
 NO_LATENT = tl.constexpr(2**31 - 1)
-
-WORKSPACE_BYTES = 256 * 2**20
-"""Bound on the keys, candidates and scores that exist at one time."""
-
-PANEL_BYTES = 32 * 2**20
-"""Bound on a panel of scores of the chunked path: it should stay in the cache until it has been read."""
-
 
 # Rows in the precision of the screen
 
@@ -96,28 +102,6 @@ def _cast_rows(
     tl.store(error + row, tl.sqrt(tl.sum(errors, axis=0)))
 
 
-LIMITS = {torch.float16: 1.0, torch.float8_e4m3fn: 448.0}
-"""The largest entry of a scaled row: that of fp8's range; for float16, one at which no score comes near its range."""
-
-
-class Cast(NamedTuple):
-    """Rows in the precision of the screen.
-
-    Attributes
-    ----------
-    rows : Tensor [n, d]
-    scale : Tensor [n] or None
-        What each row is to be multiplied by; not for bfloat16, which has the range of float32.
-    norm, error : Tensor [n]
-        Norm of each row before rounding, and of what rounding changed.
-    """
-
-    rows: Tensor
-    scale: Tensor | None
-    norm: Tensor
-    error: Tensor
-
-
 def cast_rows(rows: Tensor, dtype: torch.dtype) -> Cast:
     """`rows` ``[n, d]`` rounded to `dtype`; float16 and fp8 with a scale for each row."""
     n, d = rows.shape
@@ -129,47 +113,9 @@ def cast_rows(rows: Tensor, dtype: torch.dtype) -> Cast:
     return Cast(out, scale if limit else None, norm, error)
 
 
-class Quantized:
-    """The copy of an encoder's weight that the screen reads, kept current by the optimizer.
-
-    It is valid as long as nobody but its keeper changes the weight. Changes by torch are seen by the tensor's version.
-    Those through ``weight.data``, which has none, are seen on the device by the first column, without anybody waiting:
-    the slack is then infinite, and every token is repaired.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.cast = cast_rows(weight.detach(), dtype)
-        self.address = weight.data_ptr()
-        self._column = torch.empty_like(weight.detach()[:, 0])
-        self.mark_current(weight)
-
-    def mark_current(self, weight: Tensor) -> None:
-        """Say that the copy is that of `weight` as it now is."""
-        self._version = weight._version
-        self._column.copy_(weight.detach()[:, 0])  # in place, so that a CUDA graph finds it
-
-    def is_current(self, weight: Tensor) -> bool:
-        """Whether the copy is still that of `weight`, as far as can be told without waiting."""
-        return (
-            weight.data_ptr() == self.address
-            and weight.shape == self.cast.rows.shape
-            and weight._version == self._version
-        )
-
-    def unchanged(self, weight: Tensor) -> Tensor:
-        """Whether the first column is as it was: bool on the device."""
-        return (weight[:, 0] == self._column).all()
-
-
-_quantized: weakref.WeakValueDictionary[int, Quantized] = weakref.WeakValueDictionary()
-"""By address of the weight. The optimizer that refreshes a copy owns it."""
-
-
 def quantized(weight: Tensor, screen: str = "auto") -> Quantized:
     """A copy of `weight` for the caller to own, which :func:`topk_encode` uses with `screen` while it is current."""
-    dtype = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(screen, SCREEN_DTYPE)
-    copy = _quantized[weight.data_ptr()] = Quantized(weight, dtype)
-    return copy
+    return register(Quantized(weight, cast_rows(weight.detach(), copy_dtype(screen))))
 
 
 # Screening
@@ -314,7 +260,7 @@ def _bucket_panel(
         latent = (first_member + member) * n_buckets + bucket
         real = wanted & (latent < n)[None, :]
         score = tl.load(source + member * n_buckets, mask=real, other=0.0).to(tl.float32)
-        score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST)  # float16 overflows
+        score = tl.minimum(tl.maximum(score, LOWEST), HIGHEST) + 0.0  # float16 overflows; and -0, as 0, ties with 0
         if SCALED:
             score *= by_row[:, None] * tl.load(weight_scale + latent, mask=latent < n, other=0.0)[None, :]
         if HAS_BIAS:
@@ -612,93 +558,6 @@ def _take(
     tl.store(indices + out, tl.where(real, latent, 0), mask=mine < k)
 
 
-class EncodeStats(NamedTuple):
-    """What one call of :func:`topk_encode` did. The tensors are on the device: reading them waits for it.
-
-    Attributes
-    ----------
-    rows : int
-        Rows encoded.
-    rescored : Tensor []
-        Latents, over all rows, whose scores were computed again in float32, the repaired rows apart.
-    repaired : Tensor []
-        Rows that were computed in full, for want of a certificate.
-    """
-
-    rows: int
-    rescored: Tensor
-    repaired: Tensor
-
-
-class Screened(NamedTuple):
-    """Operands of the screen, and how far its scores can be from the exact ones: ``slack + relative / 4 · |score|``."""
-
-    x: Cast
-    weight: Cast
-    slack: Tensor
-    relative: float
-
-    def scales(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Of some tokens and of all latents; None where rows are not scaled."""
-        return None if self.x.scale is None else self.x.scale[part], self.weight.scale
-
-
-class Slots(NamedTuple):
-    """What restricts every row to the latents of some experts. Slot ``b · n_active + j`` is token b's j-th expert.
-
-    Attributes
-    ----------
-    experts : Tensor [rows, n_owners], int32
-        The experts of each row of codes: those of a token, or one slot's.
-    order, offsets : Tensor [slots], [n_experts + 1], int32
-        Slots by rising expert, and where each expert's begin.
-    n_active : int
-        Slots of a token.
-    latents : int
-        Latents of an expert.
-    """
-
-    experts: Tensor
-    order: Tensor
-    offsets: Tensor
-    n_active: int
-    latents: int
-
-    @property
-    def n_owners(self) -> int:
-        """Experts of a row."""
-        return self.experts.shape[1]
-
-    @property
-    def n_experts(self) -> int:
-        """Experts in all."""
-        return self.offsets.shape[0] - 1
-
-    def tiles(self, height: int) -> tuple[Tensor, Tensor]:
-        """Number of each expert's first tile of `height` slots; and of every tile the expert, `n_experts` for none.
-
-        How many there are is known to the device alone; a bound is ``⌈slots / height⌉ + n_experts``.
-        """
-        counts = (self.offsets.diff() + (height - 1)) // height
-        ends = counts.cumsum(0, dtype=torch.int32)
-        bound = triton.cdiv(self.order.shape[0], height) + self.n_experts
-        numbers = torch.arange(bound, dtype=torch.int32, device=ends.device)
-        return ends - counts, torch.searchsorted(ends, numbers, right=True, out_int32=True)
-
-
-_last: list[tuple[Tensor, Tensor, int]] = []  # counts, flags of repair and room, of the chunks of the last call
-
-
-def last_encode() -> EncodeStats | None:
-    """What the last screened call in this process did."""
-    if not _last:
-        return None
-    kept = [torch.where(flags != 0, 0, count).sum() for count, flags, _ in _last]
-    repaired = [(flags != 0).sum() for _, flags, _ in _last]
-    rows = sum(count.shape[0] for count, _, _ in _last)
-    return EncodeStats(rows, torch.stack(kept).sum(), torch.stack(repaired).sum())
-
-
 def topk_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, screen: str, path: str = "auto", absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -714,29 +573,11 @@ def topk_encode(
     bias = None if bias is None else bias.contiguous()
     screened = screen_operands(x, weight, bias, plan, copy)
     values, indices = x.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int32, device=x.device)
-    _last.clear()
+    screening.last.clear()
     for part in chunks(rows, 4 * plan.n_buckets * plan.keep + 8 * plan.room):
         keys = screen_keys(screened, part, bias, plan)
         finish(keys, x[part], weight, bias, k, screened, part, plan, values[part], indices[part])
     return values, indices
-
-
-def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Even slices of `rows` rows that need at most :data:`WORKSPACE_BYTES`."""
-    step = -(-rows // -(-rows * row_bytes // WORKSPACE_BYTES))
-    for top in range(0, rows, step):
-        yield slice(top, min(top + step, rows))
-
-
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the device of `tensor`."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else plans.assumed_capability
-
-
-def current_copy(weight: Tensor) -> Quantized | None:
-    """The copy of this weight that somebody keeps current."""
-    copy = _quantized.get(weight.data_ptr())
-    return copy if copy is not None and copy.is_current(weight) else None
 
 
 def screen_operands(
@@ -744,45 +585,11 @@ def screen_operands(
 ) -> Screened:
     """Both operands in the precision of the screen, with the bound on its errors."""
     if plan.operand == x.dtype:
-        x_cast, weight_cast = _as_it_is(x), _as_it_is(weight)
-    elif copy is not None and plan.operand == copy.cast.rows.dtype:
-        x_cast, weight_cast = cast_rows(x, plan.operand), copy.cast
-    else:
-        x_cast, weight_cast = cast_rows(x, plan.operand), cast_rows(weight, plan.operand)
-        copy = None
-    slack = _slack(x_cast, weight_cast, bias, plan)
+        return with_slack(as_it_is(x), as_it_is(weight), bias, plan)
+    x_cast = cast_rows(x, plan.operand)
     if copy is not None and plan.operand == copy.cast.rows.dtype:
-        slack = torch.where(copy.unchanged(weight), slack, math.inf)
-    return Screened(x_cast, weight_cast, slack, 4 * plan.panel_rounding)
-
-
-def _as_it_is(rows: Tensor) -> Cast:
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return Cast(rows, None, norm, torch.zeros_like(norm))
-
-
-def _slack(x: Cast, weight: Cast, bias: Tensor | None, plan: EncodePlan) -> Tensor:
-    """How far a score of the screen can be from the exact one, ``[B]``.
-
-    The largest norms over all latents stand for each latent's own. For fp8 the product of norms, forty times the usual
-    error, would make everything a candidate. It is divided by √d there and multiplied by 8: eight standard deviations
-    if the roundings of different dimensions have independent signs. And an error found in rescoring that is above half
-    of that has the token repaired.
-    """
-    d = x.rows.shape[1]
-    weight_norm, weight_error = weight.norm.amax(), weight.error.amax()
-    x_error = x.error
-    if plan.precision == "tf32":  # the tensor cores drop what does not fit into 10 bits
-        weight_error, x_error = weight_error + weight_norm * 2.0**-10, x_error + x.norm * 2.0**-10
-    rounding = weight_error * (x.norm + x_error) + weight_norm * x_error
-    if plan.statistical:
-        rounding = rounding * (8 / math.sqrt(d))
-    # Tensor cores drop up to 2^-23 of a partial sum with each term. Rescoring sums in trees, with a rounding a level.
-    rounding = rounding + weight_norm * x.norm * (d * 2.0**-23 + 2.0**-18)
-    if bias is not None:
-        largest = torch.where(bias.isfinite(), bias, 0).abs().amax().float()
-        rounding = rounding + largest * 2.0**-21
-    return 1.01 * rounding
+        return with_slack(x_cast, copy.cast, bias, plan, copy.unchanged(weight))
+    return with_slack(x_cast, cast_rows(weight, plan.operand), bias, plan)
 
 
 def screen_keys(
@@ -833,7 +640,7 @@ def screen_keys(
             num_stages=tile.stages,
         )
         return keys
-    members = max(1, min(plan.n_members, PANEL_BYTES // (rows * plan.n_buckets * x.element_size())))
+    members = max(1, min(plan.n_members, screening.PANEL_BYTES // (rows * plan.n_buckets * x.element_size())))
     for first in range(0, plan.n_members, members):
         latents = w[first * plan.n_buckets : (first + members) * plan.n_buckets]
         panel = panel_scores(x, latents)
@@ -846,17 +653,6 @@ def lowest_scores(keys: Tensor, plan: EncodePlan) -> Tensor:
     bits = keys.view(torch.int32)
     low = (1 << plan.member_bits) - 1
     return torch.where(bits >= 0, bits & ~low, bits | low).view(torch.float32)
-
-
-def panel_scores(x: Tensor, latents: Tensor) -> Tensor:
-    """``x @ latents.T`` with its sums in float32: the slack counts on that, and torch's defaults allow less."""
-    flags = torch.backends.cuda.matmul
-    before = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
-    flags.allow_fp16_reduced_precision_reduction = flags.allow_bf16_reduced_precision_reduction = False
-    try:
-        return x @ latents.T
-    finally:
-        flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction = before
 
 
 def merge_panel(
@@ -1013,4 +809,4 @@ def finish(
         ROOM=room,
         num_warps=1 if room <= 512 else 4,
     )
-    _last.append((count, repaired, room))
+    screening.last.append((count, repaired))

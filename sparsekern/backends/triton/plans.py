@@ -247,3 +247,36 @@ def _buckets(n: int, k: int) -> tuple[int, int, int] | None:
     if _opened(n_buckets, k) * members > room / 2 or members > 2**12:
         return None
     return n_buckets, keep, room
+
+
+def whole_tiles(n: int, k: int) -> tuple[int, int, int, int] | None:
+    """Buckets, members, keys of each and room where both have to fill tiles, of 8 buckets and of 16 members.
+
+    There can be a few latents fewer than members of buckets. None where such buckets would not do.
+    """
+    found = _buckets(n, k)
+    if found is None:
+        return None
+    n_buckets, _, room = found
+    members = 16 * -(-n // (16 * n_buckets))
+    return _tiled(8 * -(-n // (8 * members)), members, k, room)
+
+
+def routed_tiles(latents: int, n_owners: int, k: int) -> tuple[int, int, int, int] | None:
+    """:func:`whole_tiles` for the latents of several experts, where members are to be as many as latents."""
+    found = _routed_buckets(latents, n_owners, k)
+    if found is None or latents % 128:
+        return None
+    across, _, room = found
+    members = 16 * -(-latents // (16 * across))
+    if latents % (8 * members):
+        members = 16
+    tiles = _tiled(n_owners * (latents // members), members, k, room)
+    return tiles and (tiles[0] // n_owners, *tiles[1:])
+
+
+def _tiled(n_buckets: int, members: int, k: int, room: int) -> tuple[int, int, int, int] | None:
+    while room < 4 * k + 2 * members:
+        room *= 2
+    fits = k <= 3 * n_buckets <= MOST_KEYS and members <= 2**12
+    return (n_buckets, members, 3, room) if fits and _opened(n_buckets, k) * members <= room / 2 else None

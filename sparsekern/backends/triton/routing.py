@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.backends import reference
+from sparsekern.backends import reference, screening
+from sparsekern.backends.screening import Slots
 from sparsekern.backends.triton import encode, plans
 from sparsekern.backends.triton._launch import launch
 
@@ -243,11 +244,11 @@ def routed_topk_encode(
     selections = n_active if per_expert else 1  # of a token
     values = x.new_empty(rows, selections * k)
     indices = torch.empty(rows, selections * k, dtype=torch.int32, device=x.device)
-    encode._last.clear()
+    screening.last.clear()
     for part in encode.chunks(rows, selections * (4 * plan.n_buckets * plan.keep + 8 * plan.room)):
         mine = experts[part]
         grouped = (order, offsets) if len(mine) == rows else group_slots(mine, n_experts)
-        slots = encode.Slots(mine.view(len(mine) * selections, -1), *grouped, n_active, n // n_experts)
+        slots = Slots(mine.view(len(mine) * selections, -1), *grouped, n_active, n // n_experts)
         keys = encode.screen_keys(screened, part, bias, plan, slots)
         found = values[part].view(-1, k), indices[part].view(-1, k)
         encode.finish(keys, x[part], weight, bias, k, screened, part, plan, *found, slots)

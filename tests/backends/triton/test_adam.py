@@ -192,7 +192,10 @@ def test_a_step_that_is_not_finite_changes_no_byte(triton_device, unit_rows):
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_the_copy_follows_the_weight(triton_device, unit_rows, screen):
     weight, finite = random_weight(triton_device), torch.tensor(True, device=triton_device)
-    other, kept = encode.Quantized(weight, encode.SCREEN_DTYPE), encode.quantized(weight, screen)
+    other, kept = (
+        encode.Quantized(weight, encode.cast_rows(weight, encode.SCREEN_DTYPE)),
+        encode.quantized(weight, screen),
+    )
     factors = adam.SortedFactors(random_parts(triton_device, 1), N)
     options = {**OPTIONS, "clip": finite.float(), "copy": kept, "finite": finite}
     adam.row_adam(factors, weight, unit_rows, fresh_state(weight), **options)

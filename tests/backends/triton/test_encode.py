@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sparsekern.backends import reference, triton
+from sparsekern.backends import reference, screening, triton
 from sparsekern.backends.triton import csr_encode, encode, plans
 from sparsekern.bench.exactness import CASES
 
@@ -58,6 +58,16 @@ def test_hard_inputs(monkeypatch, triton_device, path, keep, case, absolute):
     few_buckets(monkeypatch, n_buckets=64 if keep == 1 else 24, keep=keep)
     problem = CASES[case](3, 61 if keep == 1 else 150, 37)
     check(*run(triton_device, *problem, 4, "fp16", absolute), *problem, 4, absolute)
+
+
+@pytest.mark.parametrize("path", ["fused", "chunked"])
+def test_zeros_of_either_sign_tie(monkeypatch, triton_device, path):
+    monkeypatch.setenv("SPARSEKERN_TRITON_ENCODE", path)
+    few_buckets(monkeypatch, n_buckets=24)
+    weight = -torch.ones(150, 1)  # times 0 that is -0, unless something is added to it
+    weight[[5, 30, 60, 90]] = 1.0
+    _, indices = run(triton_device, torch.zeros(3, 1), weight, None, 4, "none")
+    assert indices.tolist() == [[0, 1, 2, 3]] * 3
 
 
 WAYS = [(path, screen) for path in ("fused", "chunked") for screen in ("auto", "none", "fp16", "tf32")]
@@ -181,10 +191,10 @@ def test_chunks_and_panels_change_nothing(monkeypatch, triton_device):
     x, weight, bias = CASES["random"](7, 300, 24)
     monkeypatch.setenv("SPARSEKERN_TRITON_ENCODE", "chunked")
     whole = run(triton_device, x, weight, bias, 4, "none")
-    monkeypatch.setattr(encode, "PANEL_BYTES", 4 * 3 * 64)
-    monkeypatch.setattr(encode, "WORKSPACE_BYTES", 3 * (4 * 32 * 3 + 8 * 64))
+    monkeypatch.setattr(screening, "PANEL_BYTES", 4 * 3 * 64)
+    monkeypatch.setattr(screening, "WORKSPACE_BYTES", 3 * (4 * 32 * 3 + 8 * 64))
     parts = run(triton_device, x, weight, bias, 4, "none")
-    assert [count.shape[0] for count, _, _ in encode._last] == [3, 3, 1]
+    assert [count.shape[0] for count, _ in screening.last] == [3, 3, 1]
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a, b)
 
@@ -328,8 +338,8 @@ def test_threshold_encode(triton_device, rows, n, d, level, per_latent, seed):
     bias = torch.randint(-3, 4, (n,)).float()
     threshold = torch.randint(0, 4, (n,)).float() + level if per_latent else torch.tensor(level)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "WORKSPACE_BYTES", 2 * (n // 8 + 4))
-        patch.setattr(encode, "PANEL_BYTES", 1)
+        patch.setattr(screening, "WORKSPACE_BYTES", 2 * (n // 8 + 4))
+        patch.setattr(screening, "PANEL_BYTES", 1)
         on = [t.to(triton_device) for t in (x, weight, bias, threshold)]
         crow, col, values = csr_encode.threshold_encode(*on, "auto")
     score = x @ weight.T + bias

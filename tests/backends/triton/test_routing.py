@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import sparsekern as sk
-from sparsekern.backends import reference, triton
+from sparsekern.backends import reference, screening, triton
 from sparsekern.backends.triton import encode, plans, routing
 
 pytestmark = pytest.mark.usefixtures("triton_device", "poisoned_memory")
@@ -122,7 +122,7 @@ def test_group_slots(triton_device, tokens, n_active, n_experts, crowd, counted,
 def test_tiles_cover_every_slot_once(height):
     loads = torch.tensor([0, 1, 150, 0, 64, 16, 0, 0])
     offsets = torch.nn.functional.pad(loads.cumsum(0), (1, 0)).int()
-    slots = encode.Slots(torch.zeros(231, 1).int(), torch.arange(231).int(), offsets, 1, 5)
+    slots = screening.Slots(torch.zeros(231, 1).int(), torch.arange(231).int(), offsets, 1, 5)
     first, expert = slots.tiles(height)
     assert len(expert) == -(-231 // height) + 8
     seen = []
@@ -237,10 +237,10 @@ def test_chunks_change_nothing(monkeypatch, triton_device):
     x[4] = 0
     for per_expert, selections, owners in ((False, 1, 2), (True, 2, 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(encode, "WORKSPACE_BYTES", 3 * selections * (4 * 8 * owners * 3 + 8 * 32))
+            patch.setattr(screening, "WORKSPACE_BYTES", 3 * selections * (4 * 8 * owners * 3 + 8 * 32))
             check(triton_device, [x, weight, None], routed, 4, per_expert)
-        assert [count.shape[0] for count, _, _ in encode._last] == [3 * selections, 2 * selections]
-        repaired = torch.cat([flags for _, flags, _ in encode._last]).view(5, selections)
+        assert [count.shape[0] for count, _ in screening.last] == [3 * selections, 2 * selections]
+        repaired = torch.cat([flags for _, flags in screening.last]).view(5, selections)
         assert repaired[[0, 4]].all()
 
 
@@ -273,7 +273,7 @@ def test_the_best_of_each_group(triton_device, tokens, groups, latents, k, chunk
     x[tokens // 2], bias[: latents // 2] = -x[0].abs(), -math.inf
     with pytest.MonkeyPatch.context() as patch:
         if chunked:
-            patch.setattr(encode, "WORKSPACE_BYTES", 2**12)
+            patch.setattr(screening, "WORKSPACE_BYTES", 2**12)
         check(triton_device, [x, weight, bias], every_group(tokens, groups), min(k, latents), per_expert=True)
 
 
@@ -286,7 +286,7 @@ def test_a_group_whose_bucket_hides_candidates_or_whose_latents_all_tie(triton_d
     weight[307 : 307 + 5 * plan.n_buckets : plan.n_buckets] = 2 * x[1].sign()  # five of a bucket, in the second group
     found = check(triton_device, [x, weight, None], every_group(3, 2), 1, per_expert=True)
     assert found[1][1, 1] == 307
-    repaired, counts = encode._last[0][1], encode._last[0][0]
+    repaired, counts = screening.last[0][1], screening.last[0][0]
     assert repaired.tolist()[:2] == [1, 1]
     assert not repaired[3]
     assert counts[3] >= plan.n_members
@@ -297,7 +297,7 @@ def test_a_plan_for_groups_fits_into_the_workspace():
     shape = (8192, 64, 64, 4096, 2048, 1, torch.float32, "auto", (9, 0))
     plan = plans.routed_plan(*shape, has_copy=True, per_expert=True)
     row_bytes = 64 * (4 * plan.n_buckets * plan.keep + 8 * plan.room)
-    assert encode.WORKSPACE_BYTES // row_bytes >= 2048  # tokens of a chunk: whole tiles of every group
+    assert screening.WORKSPACE_BYTES // row_bytes >= 2048  # tokens of a chunk: whole tiles of every group
     assert plan.n_buckets * plan.keep * 5 < 2048
     assert plan.tile.rows == 128
 
@@ -348,9 +348,9 @@ def test_nothing_waits_for_the_device(monkeypatch, triton_device, no_waiting):
         monkeypatch.setattr(routing, "MOST_ACTIVE", 0)
         monkeypatch.setattr(routing, "MOST_COUNTED", 0)
         _, _, *routed = triton.route(x, router, None, 2, "softmax")
-        monkeypatch.setattr(encode, "WORKSPACE_BYTES", 3 * 8 * 64)
+        monkeypatch.setattr(screening, "WORKSPACE_BYTES", 3 * 8 * 64)
         triton.routed_topk_encode(x, weight, bias, *routed, 3, False, "auto")
-    assert len(encode._last) > 1
+    assert len(screening.last) > 1
 
 
 def test_a_token_with_nan_harms_no_other(triton_device):

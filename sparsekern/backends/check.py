@@ -1,8 +1,11 @@
-"""Checks of the kernels on the device at hand, against float64 on the CPU.
+"""Checks of a GPU backend's kernels on the device at hand, against float64 on the CPU.
 
 The first call of an op with a dtype on a device runs that op's check: small shapes, milliseconds once compiled. The
-outcome is kept in a file for the device, the driver and the versions of Triton, torch and these kernels' sources, so
-that it is run once. An op whose kernels disagree, or do not run, is served by the reference, with one warning.
+outcome is kept in a file for the device, the driver, torch and the build of the kernels, so that it is run once. An op
+whose kernels disagree, or do not run, is not served by them, which one warning says.
+
+The backend is the argument `engine` throughout: its module, :mod:`~sparsekern.backends.triton` or
+:mod:`~sparsekern.backends.cuda`.
 """
 
 from __future__ import annotations
@@ -13,15 +16,14 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern.backends import reference, triton
-from sparsekern.backends.triton.plans import encode_plan, routed_plan
+from sparsekern.backends import reference
 from sparsekern.factors import OuterProducts
 from sparsekern.files import write_json
 
@@ -80,7 +82,7 @@ def _codes(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return _random(rows, k, dtype=dtype, seed=1).relu(), indices.int()
 
 
-def _encode_cases(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]]:
+def _encode_cases(engine: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]]:
     """Activations, weights, bias and k: narrow, wide, with ties, and with a bucket that hides candidates."""
     cases: list[tuple[Tensor, Tensor, Tensor, int]] = []
     for rows, n, k in [(19, 300, 7), (5, WIDE, 4)]:  # of one width: that spares compilations
@@ -90,7 +92,7 @@ def _encode_cases(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]
         cases.append((x, weight, _random(n, dtype=dtype, seed=4), k))
     x, weight, bias, k = cases[-1]
     weight = weight.clone()
-    plan = encode_plan(5, 72, WIDE, k, dtype, "auto", (9, 0), has_copy=False)
+    plan = engine.encode_plan(5, 72, WIDE, k, dtype, "auto", (9, 0), has_copy=False)
     assert plan is not None
     assert plan.keep < k
     weight[7 :: plan.n_buckets] = x[2] + 0.1 * weight[7 :: plan.n_buckets]  # all winners are in one bucket
@@ -100,29 +102,30 @@ def _encode_cases(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]
     return cases
 
 
-def _check_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
-    # What few tokens are screened with, the other path, and what many are: 16-bit operands are taken as they are.
-    ways = [("auto", "fused"), ("auto", "chunked"), ("fp16", "fused")]
-    return [pair for way in ways[: 3 if dtype == torch.float32 else 2] for pair in _codes_by(*way, dtype, device)]
+def _check_topk_encode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    # What few tokens are screened with, on every path, and what many are: 16-bit operands are taken as they are.
+    paths = engine.ENCODE_PATHS
+    ways = [*(("auto", path) for path in paths), *([("fp16", paths[0])] if dtype == torch.float32 else [])]
+    return [pair for way in ways for pair in _codes_by(engine, *way, dtype, device)]
 
 
-def _check_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> Pairs:
-    return _codes_by("bf16", "fused", dtype, device)
+def _check_topk_encode_bf16(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _codes_by(engine, "bf16", engine.ENCODE_PATHS[0], dtype, device)
 
 
-def _check_topk_encode_fp8(dtype: torch.dtype, device: torch.device) -> Pairs:
-    return _codes_by("fp8", "fused", dtype, device)
+def _check_topk_encode_fp8(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _codes_by(engine, "fp8", engine.ENCODE_PATHS[0], dtype, device)
 
 
-def _codes_by(screen: str, path: str, dtype: torch.dtype, device: torch.device) -> Pairs:
+def _codes_by(engine: Any, screen: str, path: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
-    cases = _encode_cases(dtype)
+    cases = _encode_cases(engine, dtype)
     x, weight, bias, k = cases[-1]
     calls = [(*case, False) for case in cases]
     calls.append((x, weight * (1 - 2 * (torch.arange(len(weight)) % 3 == 0).to(dtype)).unsqueeze(1), bias, k, True))
     for x, weight, bias, k, absolute in calls:
         on = [t.to(device) for t in (x, weight, bias)]
-        values, indices = triton.topk_encode(*on, k, screen, path, absolute)
+        values, indices = engine.topk_encode(*on, k, screen, path=path, absolute=absolute)
         wide = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         pairs += _compare_codes(values.cpu(), indices.cpu(), wide, k, absolute)
     return pairs
@@ -148,7 +151,7 @@ def _compare_codes(values: Tensor, indices: Tensor, scores: Tensor, k: int, abso
     return [(values, expected.relu())]
 
 
-def _check_route(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_route(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
     x, weight, bias = (_random(*shape, dtype=dtype, seed=7) for shape in ((75, 72), (11, 72), (11,)))
     weight[7], bias[7] = weight[2], bias[2]
@@ -156,7 +159,7 @@ def _check_route(dtype: torch.dtype, device: torch.device) -> Pairs:
     exact = x.double() @ weight.double().T
     for gate, chosen_by in (("softmax", None), ("sigmoid", None), ("softmax", bias), ("sigmoid", bias)):
         bias_there = None if chosen_by is None else chosen_by.to(device)
-        found = triton.route(x.to(device), weight.to(device), bias_there, 3, gate)
+        found = engine.route(x.to(device), weight.to(device), bias_there, 3, gate)
         logits, gates, experts, order, offsets = (t.cpu() for t in found)
         wide = exact.softmax(1) if gate == "softmax" else exact.sigmoid()
         scores = exact if chosen_by is None else wide + chosen_by.double()
@@ -168,11 +171,11 @@ def _check_route(dtype: torch.dtype, device: torch.device) -> Pairs:
     return pairs
 
 
-def _check_group_slots(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_group_slots(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     for n_experts in (70, 5000):
         experts = torch.randint(n_experts, (150, 3), generator=torch.Generator().manual_seed(8)).int()
         experts[20:90] = 3
-        order, offsets = triton.group_slots(experts.to(device), n_experts)
+        order, offsets = engine.group_slots(experts.to(device), n_experts)
         _compare_slots(order.cpu(), offsets.cpu(), experts, n_experts)
     return [(order, order.double().cpu())]
 
@@ -183,16 +186,16 @@ def _compare_slots(order: Tensor, offsets: Tensor, experts: Tensor, n_experts: i
         raise _DisagreementError("slots are not sorted by expert, those of each in order")
 
 
-def _check_routed_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_routed_topk_encode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     screens = ("auto", "fp16") if dtype == torch.float32 else ("auto",)
-    return [pair for screen in screens for pair in _routed_by(screen, dtype, device)]
+    return [pair for screen in screens for pair in _routed_by(engine, screen, dtype, device)]
 
 
-def _check_routed_topk_encode_bf16(dtype: torch.dtype, device: torch.device) -> Pairs:
-    return _routed_by("bf16", dtype, device)
+def _check_routed_topk_encode_bf16(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    return _routed_by(engine, "bf16", dtype, device)
 
 
-def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
+def _routed_by(engine: Any, screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     """Uneven loads, an expert without tokens, and one that has them all; buckets of several latents, and of one.
 
     And the best latent of each expert, where all experts serve every token.
@@ -201,17 +204,18 @@ def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     pairs: Pairs = []
     uneven, every = torch.stack([torch.where(tokens < 9, 0, 4), 1 + tokens % 2], 1).int(), torch.arange(5).int()
     both = (False, True) if screen == "auto" else (False,)
-    cases = [(uneven, WIDE // 5, 5, both), (uneven[:9, :1], 30, 7, both), (every.repeat(5, 1), WIDE // 5, 1, (True,))]
+    many = -(-WIDE // 640) * 128  # latents of an expert, whole tiles of them
+    cases = [(uneven, many, 5, both), (uneven[:9, :1], 30, 7, both), (every.repeat(5, 1), many, 1, (True,))]
     for experts, latents, k, ways in cases:
         n, n_active = 5 * latents, experts.shape[1]
         shapes = ((len(experts), 72), (n, 72), (1,))
         x, weight, bias = (_random(*shape, dtype=dtype, seed=9) for shape in shapes)
         weight[latents : latents + 9] = weight[:9]  # ties between experts
-        plan = routed_plan(
+        plan = engine.routed_plan(
             13, n_active, 5, 72, latents, k, dtype, screen, (9, 0), has_copy=False, per_expert=ways[0]
         )  # fmt: skip
-        assert plan is not None
-        buckets = plan.n_buckets if ways[0] else plan.n_buckets // n_active
+        assert plan is not None or latents < many, "the kernels are to be checked, not who serves in their place"
+        buckets = latents if plan is None else plan.n_buckets if ways[0] else plan.n_buckets // n_active
         weight[7:latents:buckets] = x[2] + 0.1 * weight[7:latents:buckets]  # all winners are in one bucket
         x[1] = weight[5] * 2
         x[3] = 0  # all latents tie
@@ -220,7 +224,7 @@ def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
         mine = torch.arange(n) // latents == experts.unsqueeze(2)  # [tokens, n_active, N]
         scores = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         for per_expert in ways:
-            values, indices = (t.cpu() for t in triton.routed_topk_encode(*on, k, per_expert, screen))
+            values, indices = (t.cpu() for t in engine.routed_topk_encode(*on, k, per_expert, screen))
             for slot, owned in enumerate(mine.unbind(1) if per_expert else [mine.any(1)]):
                 part = slice(slot * k, (slot + 1) * k)
                 wide = scores.masked_fill(~owned, -torch.inf)
@@ -228,34 +232,34 @@ def _routed_by(screen: str, dtype: torch.dtype, device: torch.device) -> Pairs:
     return pairs
 
 
-def _check_sparse_decode(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_sparse_decode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     values, indices = _codes(37, 50, 5, dtype)
     weight, bias = _random(50, 77, dtype=dtype, seed=5), _random(77, dtype=dtype, seed=6)
-    out = triton.sparse_decode(*(t.to(device) for t in (values, indices, weight, bias)))
+    out = engine.sparse_decode(*(t.to(device) for t in (values, indices, weight, bias)))
     return [(out, reference.sparse_decode(values.double(), indices, weight.double(), bias.double()))]
 
 
-def _check_gather_dot(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_gather_dot(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     _, indices = _codes(37, 50, 5, dtype)
     weight, grad = _random(50, 77, dtype=dtype, seed=5), _random(37, 77, dtype=dtype, seed=6)
-    out = triton.gather_dot(*(t.to(device) for t in (grad, indices, weight)))
+    out = engine.gather_dot(*(t.to(device) for t in (grad, indices, weight)))
     return [(out, reference.gather_dot(grad.double(), indices, weight.double()))]
 
 
-def _check_scatter_outer(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_scatter_outer(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     values, indices = _codes(300, 50, 5, dtype)
     grad = _random(300, 77, dtype=dtype, seed=6)
     arguments = [t.to(device) for t in (values, indices, grad)]
-    out, again = triton.scatter_outer(*arguments, 50), triton.scatter_outer(*arguments, 50)
+    out, again = engine.scatter_outer(*arguments, 50), engine.scatter_outer(*arguments, 50)
     if not torch.equal(out, again):
         raise _DisagreementError("two runs differ")
     return [(out, reference.scatter_outer(values.double(), indices, grad.double(), 50))]
 
 
-def _check_weighted_row_sum(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_weighted_row_sum(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     coefficients = _random(3000, dtype=dtype, seed=7) * (torch.arange(3000) % 3 == 0)
     weight = _random(3000, 77, dtype=dtype, seed=5)
-    out = triton.weighted_row_sum(coefficients.to(device), weight.to(device))
+    out = engine.weighted_row_sum(coefficients.to(device), weight.to(device))
     return [(out, coefficients.double() @ weight.double())]
 
 
@@ -268,44 +272,44 @@ def _csr(rows: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor,
     return crow, col.int(), dense[row, col], dense
 
 
-def _check_csr_decode(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_csr_decode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     crow, col, values, dense = _csr(37, 50, dtype)
     weight, bias = _random(50, 77, dtype=dtype, seed=5), _random(77, dtype=dtype, seed=6)
-    out = triton.csr_decode(*(t.to(device) for t in (values, crow, col, weight, bias)))
+    out = engine.csr_decode(*(t.to(device) for t in (values, crow, col, weight, bias)))
     return [(out, dense.double() @ weight.double() + bias.double())]
 
 
-def _check_csr_gather_dot(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_csr_gather_dot(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     crow, col, _, dense = _csr(37, 50, dtype)
     weight, grad = _random(50, 77, dtype=dtype, seed=5), _random(37, 77, dtype=dtype, seed=6)
-    out = triton.csr_gather_dot(*(t.to(device) for t in (grad, crow, col, weight)))
+    out = engine.csr_gather_dot(*(t.to(device) for t in (grad, crow, col, weight)))
     return [(out, (grad.double() @ weight.double().T)[dense != 0])]
 
 
-def _check_csr_scatter_outer(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_csr_scatter_outer(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     crow, col, values, dense = _csr(300, 50, dtype)
     grad = _random(300, 77, dtype=dtype, seed=6)
-    out = triton.csr_scatter_outer(*(t.to(device) for t in (values, crow, col, grad)), 50)
+    out = engine.csr_scatter_outer(*(t.to(device) for t in (values, crow, col, grad)), 50)
     return [(out, dense.double().T @ grad.double())]
 
 
-def _check_threshold_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
-    x, weight, bias, _ = _encode_cases(dtype)[0]
+def _check_threshold_encode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    x, weight, bias, _ = _encode_cases(engine, dtype)[0]
     score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     # A threshold in the widest gap near it: rounding must not decide.
     near = score.flatten().sort().values
     near = near[near > 1.0][:200]
     gap = near.diff().argmax()
     threshold = ((near[gap] + near[gap + 1]) / 2).to(torch.float32)
-    crow, col, values = triton.threshold_encode(*(t.to(device) for t in (x, weight, bias, threshold)), "auto")
+    crow, col, values = engine.threshold_encode(*(t.to(device) for t in (x, weight, bias, threshold)), "auto")
     expected = torch.where(score > threshold.double(), score, 0.0)
     return [(_to_dense(crow, col, values, weight.shape[0]), expected)]
 
 
-def _check_batch_topk_encode(dtype: torch.dtype, device: torch.device) -> Pairs:
-    x, weight, bias, k = _encode_cases(dtype)[0]
+def _check_batch_topk_encode(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    x, weight, bias, k = _encode_cases(engine, dtype)[0]
     count = k * x.shape[0] - 1  # no whole number a row
-    crow, col, values = triton.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), count, "auto")
+    crow, col, values = engine.batch_topk_encode(*(t.to(device) for t in (x, weight, bias)), count, "auto")
     if col.shape[0] != count:
         raise _DisagreementError(f"{col.shape[0]} entries were kept, not {count}")
     score = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -322,7 +326,7 @@ def _to_dense(crow: Tensor, col: Tensor, values: Tensor, n: int) -> Tensor:
     return dense
 
 
-def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_row_adam(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     n, d = 60, 77
     weight = torch.nn.functional.normalize(_random(n, d, dtype=dtype, seed=5), dim=1)
     expected = weight.double()
@@ -345,10 +349,10 @@ def _check_row_adam(dtype: torch.dtype, device: torch.device) -> Pairs:
         expected = expected - 1e-2 / (1 - 0.9**step) * first / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         expected = expected / expected.norm(dim=1, keepdim=True)
         on = [OuterProducts(*(None if t is None else t.to(device) for t in part)) for part in parts]  # type: ignore
-        factors = triton.SortedFactors(on, n)
-        clip = triton.clip_factor([(factors, mine, True)], rest, 0.5)
+        factors = engine.SortedFactors(on, n)
+        clip = engine.clip_factor([(factors, mine, True)], rest, 0.5)
         options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": None, "finite": finite}
-        triton.row_adam(factors, mine, True, state, **options)
+        engine.row_adam(factors, mine, True, state, **options)
     return [(mine, expected), (state["exp_avg"], first), (state["exp_avg_sq"], second)]
 
 
@@ -356,39 +360,52 @@ def _bits(n: int) -> Tensor:
     return torch.randint(256, (n, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
 
 
-def _check_bit_distances(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_bit_distances(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     a, b = _bits(70), _bits(131)
     pairs: Pairs = []
     for metric in ("hamming", "jaccard"):
         expected = reference.bit_distances(a, b, metric)
-        out = triton.bit_distances(a.to(device), b.to(device), metric)
+        out = engine.bit_distances(a.to(device), b.to(device), metric)
         if not torch.equal(out.cpu(), expected):
             raise _DisagreementError(f"a {metric} distance is not right to the bit")
         pairs.append((out, expected.double()))
     return pairs
 
 
-def _check_bit_neighbors(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_bit_neighbors(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     a = _bits(70)
-    found = triton.bit_neighbors(a.to(device), a.to(device), 9, "hamming", False)
+    found = engine.bit_neighbors(a.to(device), a.to(device), 9, "hamming", False)
     expected = reference.bit_neighbors(a, a, 9, "hamming", False)
     if not torch.equal(found[1].cpu(), expected[1]):
         raise _DisagreementError("a row is not among the nearest")
     return [(found[0], expected[0].double())]
 
 
-def _check_cooccurrence(dtype: torch.dtype, device: torch.device) -> Pairs:
+def _check_cooccurrence(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
     active = torch.rand(300, 90, generator=torch.Generator().manual_seed(5)) < 0.1
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
     col = active.nonzero()[:, 1].int()
-    found = [t.cpu() for t in triton.cooccurrence(crow.to(device), col.to(device), 90, 2)]
+    found = [t.cpu() for t in engine.cooccurrence(crow.to(device), col.to(device), 90, 2)]
     expected = reference.cooccurrence(crow, col, 90, 2)
     if not all(map(torch.equal, found, expected)):
         raise _DisagreementError("a pair has another count")
     return [(found[2], expected[2].double())]
 
 
-CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
+def _check_row_topk(engine: Any, dtype: torch.dtype, device: torch.device) -> Pairs:
+    pairs: Pairs = []
+    for rows, n, k in [(7, 1003, 30), (3, 70_001, 64)]:  # selected at once, and streamed
+        keys = _random(rows, n, dtype=dtype, seed=11)
+        keys[1], keys[2, ::3] = 0.5, -torch.inf  # all tie
+        values, indices = engine.row_topk(keys.to(device), k)
+        expected, order = (found[:, :k] for found in keys.sort(dim=1, descending=True, stable=True))
+        if not torch.equal(indices.cpu(), order.int()):
+            raise _DisagreementError("they are not the largest, ties to the lower index")
+        pairs.append((values, expected.double()))
+    return pairs
+
+
+CASES: dict[str, Callable[[Any, torch.dtype, torch.device], Pairs]] = {
     "topk_encode": _check_topk_encode,
     "topk_encode bf16": _check_topk_encode_bf16,
     "topk_encode fp8": _check_topk_encode_fp8,
@@ -408,18 +425,29 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Pairs]] = {
     "bit_distances": _check_bit_distances,
     "bit_neighbors": _check_bit_neighbors,
     "cooccurrence": _check_cooccurrence,
+    "row_topk": _check_row_topk,
     "row_adam": _check_row_adam,
 }
-"""The check of every op."""
+"""The check of every op; those of the encoders by other screens than what "auto" chooses have checks of their own."""
 
 _FLOAT32_ONLY = ("row_adam", "bit_distances", "bit_neighbors", "cooccurrence")
 
 
-def run_one(op: str, dtype: torch.dtype, device: torch.device) -> Result:
+def name_of(op: str, screen: str) -> str:
+    """The check that a call of `op` needs."""
+    return f"{op} {screen}" if f"{op} {screen}" in CASES else op
+
+
+def names(engine: Any) -> list[str]:
+    """The checks of what `engine` has."""
+    return [name for name in CASES if hasattr(engine, name.split()[0])]
+
+
+def run_one(engine: Any, op: str, dtype: torch.dtype, device: torch.device) -> Result:
     """Check one op now."""
     start, error, note = time.perf_counter(), float("nan"), ""
     try:
-        pairs = [(out.double().cpu(), expected) for out, expected in CASES[op](dtype, device)]
+        pairs = [(out.double().cpu(), expected) for out, expected in CASES[op](engine, dtype, device)]
         error = max(float((out - expected).norm() / expected.norm()) for out, expected in pairs)
         passed = error <= _BOUNDS[dtype]  # not where it is NaN
         note = "" if passed else "the results are too far from float64"
@@ -429,13 +457,13 @@ def run_one(op: str, dtype: torch.dtype, device: torch.device) -> Result:
     return Result(op, str(dtype).removeprefix("torch."), passed, error, _BOUNDS[dtype], seconds, note)
 
 
-def run(device: torch.device | str) -> list[Result]:
+def run(engine: Any, device: torch.device | str) -> list[Result]:
     """Check every op with every dtype now, whatever was found before."""
     device = torch.device(device)
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-    ops = [op for op in CASES if fp8 or not op.endswith("fp8")]
+    ops = [op for op in names(engine) if fp8 or not op.endswith("fp8")]
     pairs = [(op, dtype) for op in ops for dtype in _BOUNDS if dtype == torch.float32 or op not in _FLOAT32_ONLY]
-    return [run_one(op, dtype, device) for op, dtype in pairs]
+    return [run_one(engine, op, dtype, device) for op, dtype in pairs]
 
 
 def cache_file() -> Path:
@@ -444,47 +472,43 @@ def cache_file() -> Path:
     return Path(os.environ.get("SPARSEKERN_CACHE") or Path(home) / "sparsekern") / "checks.json"
 
 
-@functools.cache
-def _fingerprint(index: int) -> str:
-    """Of all that the outcome of a check depends on."""
-    import triton as compiler
+def digest(files: Iterable[Path]) -> str:
+    """Of the content of some files."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(path.read_bytes())
+
+@functools.cache
+def _fingerprint(engine: Any, index: int) -> str:
+    """Of all that the outcome of a check depends on."""
     device = torch.cuda.get_device_properties(index)
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return "; ".join(
-        [
-            f"{device.name} {device.major}.{device.minor}",
-            f"driver {driver}",
-            f"torch {torch.__version__}",
-            f"triton {compiler.__version__}",
-            f"kernels {sources.hexdigest()[:16]}",
-        ]
-    )
+    parts = [f"{device.name} {device.major}.{device.minor}", f"driver {driver}", f"torch {torch.__version__}"]
+    return "; ".join([*parts, engine.build(), f"checks {digest([Path(__file__)])}"])
 
 
-_verdicts: dict[tuple[str, torch.dtype, int], str | None] = {}
+_verdicts: dict[tuple[str, str, torch.dtype, int], str | None] = {}
 
 
-def verdict(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def verdict(engine: Any, op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """None where the kernels of `op` are right on `device`, else why they are not used there."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = op, dtype, index
+    key = engine.__name__, op, dtype, index
     if key not in _verdicts:
-        _verdicts[key] = _first_verdict(op, dtype, index)
+        _verdicts[key] = _first_verdict(engine, op, dtype, index)
     return _verdicts[key]
 
 
-def _first_verdict(op: str, dtype: torch.dtype, index: int) -> str | None:
+def _first_verdict(engine: Any, op: str, dtype: torch.dtype, index: int) -> str | None:
     if op not in CASES or (dtype != torch.float32 and op in _FLOAT32_ONLY):
         return f"has no {op} kernel for {dtype}"
     known = _read_cache()
-    fingerprint, name = _fingerprint(index), f"{op} {dtype}"
+    fingerprint, name = _fingerprint(engine, index), f"{op} {dtype}"
     if known.get(fingerprint, {}).get(name) is True:
         return None
-    result = run_one(op, dtype, torch.device("cuda", index))
+    result = run_one(engine, op, dtype, torch.device("cuda", index))
     if result.passed:
         known.setdefault(fingerprint, {})[name] = True
         try:
@@ -494,9 +518,9 @@ def _first_verdict(op: str, dtype: torch.dtype, index: int) -> str | None:
             pass  # it will be checked again in the next process
         return None
     warnings.warn(
-        f"sparsekern's Triton kernels for {op} on {dtype} failed their check on this device: {result.note} "
-        f"(error {result.error:.2g}, at most {result.bound:.2g}). The slower reference serves in their place. Please "
-        f"report this line and the output of `sparsekern doctor`: {fingerprint}",
+        f"sparsekern's {engine.__name__.rpartition('.')[2]} kernels for {op} on {dtype} failed their check on this "
+        f"device and are not used: {result.note} (error {result.error:.2g}, at most {result.bound:.2g}). Please report "
+        f"this line and the output of `sparsekern doctor`: {fingerprint}",
         RuntimeWarning,
         stacklevel=6,
     )
