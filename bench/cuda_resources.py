@@ -1,14 +1,16 @@
-"""Registers, stack and instructions of every CUDA C++ kernel, read off the machine code: no GPU is needed.
+"""Registers, stack, instructions and shared memory of every CUDA C++ kernel: no GPU is needed.
 
 ``python -m sparsekern.bench.cuda_resources`` compiles the sources of a clone as the package's build does, with whose
-objects it shares a cache, and prints the table of ``docs/kernels.md``. It needs nvcc, and cuobjdump from the CUDA
-toolkit or from Triton's wheel. It exits with 1 where the compiler complains, registers are spilled, or a kernel has
-lost the instructions that it is written for.
+objects it shares a cache, and reads the machine code. What launches ask for it records from the compiled module, on
+tensors without storage, at the shapes of the GPU benchmark. Both tables stand in ``docs/kernels.md``. It needs nvcc,
+and cuobjdump from the CUDA toolkit or from Triton's wheel. It exits with 1 where the compiler complains, registers are
+spilled, a kernel has lost the instructions that it is written for, or a launch wants more shared memory than there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import re
 import shutil
@@ -18,7 +20,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsekern.bench.resources import CASES, MOST_SHARED, Shape, empty
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -61,7 +67,7 @@ class Kernel(NamedTuple):
     arch : str
         Such as ``"90a"``.
     registers, stack : int
-        Registers and bytes of stack a thread. Shared memory is what the launch asks for.
+        Registers and bytes of stack a thread. Shared memory is what a :class:`Launch` asks for.
     spills : int
         Instructions that read or write the stack.
     instructions : dict[str, int]
@@ -149,6 +155,81 @@ def _plain(mangled: str) -> str:
     return names[-1] if names else mangled
 
 
+class Launch(NamedTuple):
+    """One launch: threads and bytes of shared memory of a block, blocks of a cluster."""
+
+    name: str
+    blocks: int
+    threads: int
+    shared: int
+    cluster: int
+
+
+def launches(module: Any, shape: Shape) -> list[Launch]:
+    """What `module`, the compiled one or the emulated one, would launch for a step at `shape` and the other calls.
+
+    Tensors without storage have no address, as operands that are left out have none: what is launched for these alone,
+    ``copy_row``, is not there. It takes as much as ``row_adam``.
+    """
+    from sparsekern.backends import cuda
+    from sparsekern.backends.cuda import _library, encode
+    from sparsekern.backends.screening import Quantized
+    from sparsekern.factors import OuterProducts
+
+    rows, d, n, k = shape
+
+    def calls() -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias = empty(rows, d, dtype=dtype), empty(n, d, dtype=dtype), empty(n, dtype=dtype)
+            for path in ("fused", "chunked"):
+                cuda.topk_encode(x, weight, bias, k, "auto", path)
+        x, weight = empty(rows, d), empty(n, d)
+        cuda.topk_encode(x, weight, None, k, "fp8")
+        experts = empty(256, 1, dtype=torch.int32)  # no more: slots of a part of the tokens need numbers, to be sorted
+        call: Any = (256, 1, 8, d, n // 8, k, torch.float32, "auto", (9, 0))
+        if n % 8 == 0 and k <= n // 8 and encode.routed_plan(*call, has_copy=False, per_expert=False) is not None:
+            routed = (experts, experts.flatten(), empty(9, dtype=torch.int32))
+            cuda.routed_topk_encode(x[:256], weight, None, *routed, k, False, "auto")
+        part = OuterProducts(empty(rows, k), empty(rows, k, dtype=torch.int32), x)
+        entries = OuterProducts(empty(rows * k), empty(rows * k, dtype=torch.int32), x, empty(rows + 1).long())
+        for parts in ([part], [part, entries], [part] * 5):
+            factors = cuda.SortedFactors(parts, n)
+            clip = cuda.clip_factor([(factors, weight, True), (factors, weight, False)], empty(), 1.0)
+            for unit_rows, rounded in ((True, None), (False, torch.float16), (False, torch.float8_e4m3fn)):
+                copy = None if rounded is None else Quantized(weight, encode.cast_rows(weight, rounded))
+                state = {"step": empty(), "exp_avg": weight, "exp_avg_sq": weight}
+                options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
+                cuda.row_adam(factors, weight, unit_rows, state, **options, finite=empty(dtype=torch.bool))
+        cuda.row_topk(empty(rows, n), min(k, 1024))
+
+    with _library.emulating(module):
+        return [Launch(*one) for one in module.record_launches(calls)]
+
+
+def launch_table(found: Sequence[Launch]) -> str:
+    """Markdown: for each launch by name the most threads, shared memory and blocks of a cluster."""
+    lines = ["| launch | threads | shared memory, B | cluster |", "|---|---|---|---|"]
+    groups: dict[str, list[Launch]] = {}
+    for one in found:
+        groups.setdefault(one.name, []).append(one)
+    for name, ones in sorted(groups.items()):
+        threads, shared, cluster = (
+            max(getattr(one, what) for one in ones) for what in ("threads", "shared", "cluster")
+        )
+        lines.append(f"| `{name}` | {threads} | {shared:,} | {cluster} |")
+    return "\n".join(lines)
+
+
+def launch_problems(found: Sequence[Launch]) -> list[str]:
+    """Launches that want more than a block can have: of the screen on sm_90, of the others on sm_80 too."""
+    return [
+        f"{one.name} wants {one.shared} bytes of shared memory of {most}"
+        for one in dict.fromkeys(found)
+        for most in [MOST_SHARED[90 if one.name == "screen" else 80]]
+        if one.shared > most
+    ]
+
+
 def problems(kernels: Sequence[Kernel]) -> list[str]:
     """What is out of bounds."""
     found = []
@@ -196,9 +277,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(reason)
     kernels, complaints = measure()
     print(table(kernels))
-    for line in (*complaints, *problems(kernels)):
+    found = problems(kernels)
+    try:
+        module = importlib.import_module("sparsekern._cuda")
+    except ImportError as error:
+        found.append(f"no launches were recorded, since the package was built without the CUDA kernels: {error}")
+    else:
+        launched = [one for shape in CASES.values() for one in launches(module, shape)]
+        print(f"\n{launch_table(launched)}")
+        found += launch_problems(launched)
+    for line in (*complaints, *found):
         print(line, file=sys.stderr)
-    return 1 if complaints or problems(kernels) else 0
+    return 1 if complaints or found else 0
 
 
 if __name__ == "__main__":

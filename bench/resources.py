@@ -157,7 +157,7 @@ def measure(kernel: Kernel, arch: int) -> Resources:
     return Resources(kernel, arch, int(found.group(1)), int(found.group(2)), compiled.metadata.shared, name)
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -190,12 +190,12 @@ def launches(shape: Shape, arch: int) -> list[Any]:
     plans.assumed_capability = divmod(arch, 10)
     with _launch.recording() as found:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            x, weight, bias = empty(rows, d, dtype=dtype), empty(n, d, dtype=dtype), empty(n, dtype=dtype)
             for path in ("fused", "chunked"):
                 triton.topk_encode(x, weight, bias, k, "auto", path)
             if dtype == torch.float16:
                 continue  # the products differ by the width of a number, not by its kind
-            values, indices = _empty(rows, k, dtype=dtype), _empty(rows, k, dtype=torch.int32)
+            values, indices = empty(rows, k, dtype=dtype), empty(rows, k, dtype=torch.int32)
             triton.sparse_decode(values, indices, weight, x[0])
             triton.sparse_decode(values, indices, weight, None)
             triton.gather_dot(x, indices, weight)
@@ -213,28 +213,28 @@ def launches(shape: Shape, arch: int) -> list[Any]:
             for path in ("fused", "chunked"):
                 triton.topk_encode(x, weight, bias, k, "auto", path, absolute=True)
             triton.scatter_outer(values, indices, x[:, :1], n)
-            crow, col = _empty(rows + 1, dtype=torch.int64), _empty(rows * k, dtype=torch.int32)
+            crow, col = empty(rows + 1, dtype=torch.int64), empty(rows * k, dtype=torch.int32)
             triton.csr_decode(values.flatten(), crow, col, weight, None)
             triton.csr_gather_dot(x, crow, col, weight)
             triton.csr_scatter_outer(values.flatten(), crow, col, x, n)
-            csr_encode.entries(_empty(rows, -(-n // 32), dtype=torch.int32), crow, col)
+            csr_encode.entries(empty(rows, -(-n // 32), dtype=torch.int32), crow, col)
             plan = plans.encode_plan(rows, d, n, k, dtype, "auto", (9, 0), has_copy=False, path="chunked")
             if plan is not None:
                 screened = encode.screen_operands(x, weight, bias, plan, None)
-                for threshold in (_empty(n), _empty()):
+                for threshold in (empty(n), empty()):
                     csr_encode.mark(x[:256], weight, bias, threshold, screened, slice(0, 256))
-        weight, grad = _empty(n, d), _empty(rows, d)
-        part = OuterProducts(_empty(rows, k), _empty(rows, k, dtype=torch.int32), grad)
-        entries = OuterProducts(_empty(rows * k), _empty(rows * k, dtype=torch.int32), grad, _empty(rows + 1).long())
+        weight, grad = empty(n, d), empty(rows, d)
+        part = OuterProducts(empty(rows, k), empty(rows, k, dtype=torch.int32), grad)
+        entries = OuterProducts(empty(rows * k), empty(rows * k, dtype=torch.int32), grad, empty(rows + 1).long())
         for parts in ([part], [part, part], [entries], [part, entries]):
             factors = triton.SortedFactors(parts, n)
-            clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], _empty(), 1.0)
+            clip = triton.clip_factor([(factors, weight, True), (factors, weight, False)], empty(), 1.0)
             dtypes = (encode.SCREEN_DTYPE, torch.bfloat16, torch.float8_e4m3fn)[: 2 + (arch >= 89)]
             copies = [encode.Quantized(weight, encode.cast_rows(weight, dtype)) for dtype in dtypes]
             for unit_rows, copy in ((True, None), *((False, copy) for copy in copies)):
-                state = {"step": _empty(), "exp_avg": weight, "exp_avg_sq": weight}
+                state = {"step": empty(), "exp_avg": weight, "exp_avg_sq": weight}
                 options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "clip": clip, "copy": copy}
-                triton.row_adam(factors, weight, unit_rows, state, **options, finite=_empty(dtype=torch.bool))
+                triton.row_adam(factors, weight, unit_rows, state, **options, finite=empty(dtype=torch.bool))
         bit_launches(rows, n, k)
     return found
 
@@ -243,11 +243,11 @@ def bit_launches(rows: int, n: int, k: int) -> None:
     """Launch the kernels of bits and pairs: codes of n bits, and the pairs of n latents."""
     from sparsekern.backends.triton import bits
 
-    codes = _empty(rows, -(-n // 8), dtype=torch.uint8)
+    codes = empty(rows, -(-n // 8), dtype=torch.uint8)
     for metric in ("hamming", "jaccard"):
         bits.bit_distances(codes, codes, metric)
-    entry, col = _empty(rows * k, dtype=torch.int64), _empty(rows * k, dtype=torch.int32)
-    bits.count_pairs(entry, entry.clone(), col, _empty(max(1, bits.COUNT_BYTES // (4 * n)), n, dtype=torch.int32), 0, k)
+    entry, col = empty(rows * k, dtype=torch.int64), empty(rows * k, dtype=torch.int32)
+    bits.count_pairs(entry, entry.clone(), col, empty(max(1, bits.COUNT_BYTES // (4 * n)), n, dtype=torch.int32), 0, k)
 
 
 def routed_launches(shape: Shape, routing: tuple[int, int], arch: int) -> list[Any]:
@@ -259,7 +259,7 @@ def routed_launches(shape: Shape, routing: tuple[int, int], arch: int) -> list[A
     plans.assumed_capability = divmod(arch, 10)
     with _launch.recording() as found:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            x, weight, bias = empty(rows, d, dtype=dtype), empty(n, d, dtype=dtype), empty(n, dtype=dtype)
             _, _, experts, *_ = triton.route(x, weight[:n_experts], bias[:n_experts], n_active, "softmax")
             if dtype == torch.float32:
                 triton.route(x, weight[:n_experts], None, n_active, "sigmoid")
@@ -280,11 +280,11 @@ def group_launches(shape: Shape, groups: int, arch: int) -> list[Any]:
 
     rows, d, n, _ = shape
     plans.assumed_capability = divmod(arch, 10)
-    experts = _empty(rows, groups, dtype=torch.int32)
-    every = (experts, experts.flatten(), _empty(groups + 1, dtype=torch.int32))
+    experts = empty(rows, groups, dtype=torch.int32)
+    every = (experts, experts.flatten(), empty(groups + 1, dtype=torch.int32))
     with _launch.recording() as found:
         for dtype in (torch.float32, torch.bfloat16):
-            x, weight, bias = _empty(rows, d, dtype=dtype), _empty(n, d, dtype=dtype), _empty(n, dtype=dtype)
+            x, weight, bias = empty(rows, d, dtype=dtype), empty(n, d, dtype=dtype), empty(n, dtype=dtype)
             if n % groups == 0:
                 triton.routed_topk_encode(x, weight, bias, *every, 1, True, "auto")
     return found

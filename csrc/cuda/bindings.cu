@@ -383,6 +383,22 @@ PYBIND11_MODULE(SPARSEKERN_MODULE, m) {
     m.doc() = "CUDA kernels of sparsekern; see the headers of csrc/cuda";
     py::register_local_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
 
+    m.def(
+        "record_launches",
+        [](const py::function& calls) {
+            std::vector<Launch> launches;
+            struct Recording {
+                explicit Recording(std::vector<Launch>& to) { recorded_launches = &to; }
+                ~Recording() { recorded_launches = nullptr; }
+            } recording(launches);
+            calls();
+            py::list found;
+            for (const Launch& one : launches)
+                found.append(py::make_tuple(one.name, one.shape.blocks, one.shape.threads, one.shape.shared_bytes,
+                                            one.shape.cluster));
+            return found;
+        },
+        "What `calls()` would launch: name, blocks, threads, bytes of shared memory, blocks of a cluster. Nothing runs.");
     m.def("device_info", &device_info,
           "What the kernels were compiled for and by, the CUDA runtime in them, and the driver or why there is none.");
 

@@ -586,7 +586,6 @@ void atomic_ends(const void* address, bool polls) {
 
 void run(const char* name, const LaunchShape& shape, const std::function<void()>& thread) {
     const auto refuse = [name](const std::string& why) { throw CudaError(std::string("kernel ") + name + ": " + why); };
-    if (shape.blocks == 0) return;
     if (shape.blocks < 0 || shape.blocks > 0x7fffffff)
         refuse("up to 2^31 - 1 blocks, not " + std::to_string(shape.blocks));
     if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32)

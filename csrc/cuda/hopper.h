@@ -63,7 +63,8 @@ inline CUtensorMapDataType tensor_map_type(ElementType type) {
 // of the innermost dimension. `base` and the strides are multiples of 16 bytes. What is outside `dims` reads as zero.
 inline TensorMap tensor_map(int rank, ElementType type, const void* base, const std::uint64_t* dims,
                             const std::uint64_t* byte_strides, const std::uint32_t* box) {
-    TensorMap result;
+    TensorMap result{};
+    if (recorded_launches) return result;
     const std::uint32_t every[5] = {1, 1, 1, 1, 1};
     const CUresult status = detail::tensor_map_encoder()(
         &result.map, detail::tensor_map_type(type), static_cast<cuuint32_t>(rank), const_cast<void*>(base),
@@ -86,6 +87,7 @@ inline void require_hopper(const char* kernel) {
 // How many clusters of a kernel the device runs at one time. Some of its multiprocessors may be left over.
 template <class Params>
 int clusters_at_once(const char* name, void (*kernel)(Params), const LaunchShape& shape) {
+    if (recorded_launches) return multiprocessors() / shape.cluster;
     const auto call = [name](const char* function) { return std::string("kernel ") + name + ": " + function; };
     const void* function = reinterpret_cast<const void*>(kernel);
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,

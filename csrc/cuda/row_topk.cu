@@ -504,7 +504,7 @@ void row_topk(const RowTopk& call, const RowTopkPlan& plan, Stream stream) {
     require(plan.sample == 0 || (plan.rank >= 1 && plan.rank <= plan.sample), "row_topk: rank must be in the sample");
     require(plan.parts == 1 || (plan.parts > 1 && plan.list > 0), "row_topk: parts of a row need a list");
     require(plan.list >= 0 && plan.list <= kRowTopkMostKeys && plan.list % 2 == 0, "row_topk: list must be even");
-    require(plan.list == 0 || call.workspace, "row_topk: a list needs a workspace");
+    require(plan.list == 0 || call.workspace || recorded_launches, "row_topk: a list needs a workspace");
     require(plan.rows_at_once >= 1 && plan.rows_at_once <= INT32_MAX / plan.parts,
             "row_topk: rows_at_once must be positive, and its blocks at most 2^31 - 1");
     switch (call.type) {
