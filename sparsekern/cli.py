@@ -579,10 +579,18 @@ def doctor() -> None:
     kernels = f"{cpu.isa()}, on {whose}" if cpu.isa() else "not built"
     out.print(f"{torch.get_num_threads()} threads, CPU kernels: {kernels}", highlight=False)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table = Table("op", "device", "backend", "", "why")
+    table = Table("device", "ops", "backend", "", "why")
     for device in devices:
+        by_op: dict[str, list[tuple[str, bool, str]]] = {}
         for info in sk.backends(device):
-            table.add_row(info.op, info.device, info.backend, "✓" if info.chosen else "", info.reason)
+            by_op.setdefault(info.op, []).append((info.backend, info.chosen, info.reason))
+        alike: dict[tuple[tuple[str, bool, str], ...], list[str]] = {}
+        for op, backends in by_op.items():
+            alike.setdefault(tuple(backends), []).append(op)
+        for found, ops in alike.items():
+            for row, (backend, chosen, reason) in enumerate(found):
+                head = ("", "") if row else (device, ", ".join(ops))
+                table.add_row(*head, backend, "✓" if chosen else "", reason, end_section=row == len(found) - 1)
     out.print(table)
     out.print(f"CUDA C++ kernels: {cuda.summary()}", highlight=False)
     if len(devices) == 1:
