@@ -21,6 +21,11 @@ from sparsekern.codes import entry_rows
 from sparsekern.factors import OuterProducts, identity
 
 
+def fits(weight: Tensor) -> bool:
+    """Whether the kernels can take such a weight: float32, contiguous, and a row fits into a block's registers."""
+    return weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape[1] <= 16384
+
+
 class Part(NamedTuple):
     """Outer products as the kernels take them.
 

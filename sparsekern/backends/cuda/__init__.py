@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends.cuda import _library
+from sparsekern.backends.triton import screens
+
+__all__ = ["screens", "stand_in", "unavailable", "updates"]
 
 _MODULES = {
     "topk_encode": "encode",
@@ -116,14 +119,7 @@ def build() -> str:
 
 
 def updates(weight: Tensor) -> bool:
-    """Whether :func:`row_adam` serves this weight: float32, contiguous, and a row fits into registers."""
-    if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.shape[1] > 16384:
-        return False
-    return unavailable("row_adam", weight.device, weight.dtype, "auto") is None
+    """Whether :func:`row_adam` serves this weight."""
+    from sparsekern.backends.factored_adam import fits
 
-
-def screens(n: int, d: int) -> bool:
-    """Whether :func:`topk_encode` would use a copy of ``[n, d]`` weights that the optimizer keeps."""
-    from sparsekern.backends.triton import plans
-
-    return n > plans.MOST_KEYS
+    return fits(weight) and unavailable("row_adam", weight.device, weight.dtype, "auto") is None

@@ -116,10 +116,10 @@ def build() -> str:
 
 
 def updates(weight: Tensor) -> bool:
-    """Whether :func:`row_adam` serves this weight: float32, contiguous, and a row fits into registers."""
-    if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.shape[1] > 16384:
-        return False
-    return unavailable("row_adam", weight.device, weight.dtype, "auto") is None
+    """Whether :func:`row_adam` serves this weight."""
+    from sparsekern.backends.factored_adam import fits
+
+    return fits(weight) and unavailable("row_adam", weight.device, weight.dtype, "auto") is None
 
 
 def screens(n: int, d: int) -> bool:

@@ -402,10 +402,10 @@ def test_gradients_of_the_routed_op(monkeypatch, per_expert):
     results = []
     x, weight, bias = whole(6, 16), whole(512, 16), whole(512)
     cotangent = torch.randn(6, 6 if per_expert else 3)
+    route = sk.route(x, whole(4, 16), n_active=2)
     for backend in ("cuda", "reference"):
         monkeypatch.setenv("SPARSEKERN_BACKEND", backend)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        route = sk.route(x, whole(4, 16).flip(0), n_active=2) if not results else route  # noqa: F821
         codes = sk.routed_topk_encode(*leaves, route, 3, per_expert=per_expert)
         results.append([codes.values, codes.indices, *torch.autograd.grad(codes.values, leaves, cotangent)])
     assert_equal(*results)
